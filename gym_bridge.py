@@ -1,0 +1,1145 @@
+"""Gymnasium in another process, with every transition checked against a contract before anyone may learn from it.
+
+    contract = Contract(obs_shape=(4,), n_actions=2)
+    with GymnasiumSession("CartPole-v1", contract, num_envs=8) as session:
+        observation = session.reset(seed=1)                 # (8, 4)
+        transition = session.step([0, 1, 0, 1, 0, 1, 0, 1])  # a Transition, checked, or an exception
+
+The conversation (protocol 1).  A session starts one or more servers and talks to each over its stdin and stdout in
+lines of strict JSON: one object to a line, exactly one reply to each request, with the request's id.  A person can
+hold the same conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then type
+
+    {"id": 1, "cmd": "describe"}
+    {"id": 2, "cmd": "reset", "seed": 1}
+    {"id": 3, "cmd": "step", "actions": [0, 1]}
+    {"id": 4, "cmd": "close"}
+
+A request may say ``"encoding": "base64"``: observations then travel as base64 of their little-endian bytes.  The
+server keeps the wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr,
+and what it reads is end of file.
+
+Failure.  A reply is either exactly right, or it is an error: ``ContractViolation`` where the data broke a rule,
+``BridgeError`` where the process or the conversation failed.  After an error the session is dead.  Nothing is
+retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
+
+The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
+bounded wait.  A server whose trainer disappears sees end of file on its stdin and leaves by itself.
+
+As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
+environment may live in another virtual environment, container or host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+PROTOCOL = 1
+TIMEOUT = 60.0  # seconds for one reply: a slow import or level load fits in, a hang is noticed within a coffee sip
+CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
+TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: a process that ignores the first will not need more
+MAX_LINE_BYTES = 64 << 20  # a reply longer than this is a line without end, and must not fill the trainer's memory
+MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image is 3 MiB)
+STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
+
+RULES = {
+    "declared_space": "the spaces that the environment declares are those that the contract demands",
+    "reset_result": "reset returns a tuple (observation, info)",
+    "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
+    "batch_size": "a batch holds one value for each environment",
+    "obs_type": "an observation is a numpy array (over the wire: numbers), no strings, booleans or nulls",
+    "obs_shape": "an observation has the contract's shape",
+    "obs_dtype": "every value fits the contract's dtype: no fraction for an integer, no overflow",
+    "obs_finite": "every value of an observation is finite",
+    "obs_range": "every value of an observation lies in the contract's range, both ends included",
+    "reward_type": "a reward is a number, not a boolean, a string or null",
+    "reward_finite": "a reward is finite",
+    "reward_range": "a reward lies in the contract's range, both ends included",
+    "done_type": "terminated and truncated are booleans",
+    "done_exclusive": "an episode is terminated or truncated, not both (where the contract demands it)",
+    "reset_obs": "an environment brings a first observation of its next episode exactly if it finished one",
+    "action_count": "one action for each environment",
+    "action_type": "an action is an integer, not a float or a boolean",
+    "action_range": "an action lies in 0 .. n_actions - 1",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+class SessionFailure(RuntimeError):
+    """What both errors have in common: where it happened.  ``str()`` tells all of it.
+
+    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (how many-th batched step), ``env`` (index of the
+    environment), ``server`` (pid, exit code or signal, last lines of its stderr); each None where there is none.
+    """
+
+    def __init__(self, what: str, env: int | None = None) -> None:
+        super().__init__(what)
+        self.what, self.env = what, env
+        self.stage: str | None = None
+        self.step: int | None = None
+        self.server: str | None = None
+
+    def __str__(self) -> str:
+        stage = f"step {self.step}" if self.stage == "step" else self.stage
+        where = [stage] if stage else []
+        where += [f"environment {self.env}"] if self.env is not None else []
+        return (", ".join(where) + ": " if where else "") + self.what + (f"\n[{self.server}]" if self.server else "")
+
+
+class ContractViolation(SessionFailure):
+    """The data broke a rule.  Attributes beside those of ``SessionFailure``: ``rule``, ``expected``, ``got``."""
+
+    def __init__(self, rule: str, expected: str, got: str, env: int | None = None) -> None:
+        self.rule, self.expected, self.got = rule, expected, got
+        super().__init__(f"contract rule {rule} broken: expected {expected}, got {got}", env)
+
+
+class BridgeError(SessionFailure):
+    """The process or the conversation failed: it did not start, answer, answer in time, or make sense."""
+
+
+def _show(value: object) -> str:
+    """A value for an error message: with its type where that may be the point, and never a screenful."""
+    text = repr(value)
+    text = text if len(text) <= 120 else text[:117] + "..."
+    return text if isinstance(value, (int, float, str, list, tuple, dict, type(None))) else f"{text} ({type(value)})"
+
+
+# ----------------------------------------------------------------------------------------------- contract, transition
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the trainer demands of every reset observation and of every transition.
+
+    obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
+    obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
+    reward_range: (low, high).  Ends included.
+    check_obs_finite, check_reward_finite: refuse NaN and infinities.
+    require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
+
+    Raises ValueError if it contradicts itself.
+    """
+
+    obs_shape: tuple[int, ...]
+    n_actions: int
+    obs_dtype: str = "float32"
+    obs_range: tuple[Any, Any] | None = None
+    reward_range: tuple[float, float] | None = None
+    check_obs_finite: bool = True
+    check_reward_finite: bool = True
+    require_exclusive_done_flags: bool = False
+    # Worked out from the above.  A pair of bounds is None where nothing is to be checked.
+    _dtype: np.dtype[Any] = field(init=False, repr=False, compare=False)
+    _obs_range: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
+    _obs_bounds: tuple[np.ndarray, np.ndarray] | None = field(init=False, repr=False, compare=False)
+    _reward_bounds: tuple[float, float] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.obs_shape)
+        if not all(_is_int(size) and size > 0 for size in shape):
+            raise ValueError(f"obs_shape must hold positive integers, not {_show(self.obs_shape)}")
+        if not _is_int(self.n_actions) or self.n_actions < 1:
+            raise ValueError(f"n_actions must be a positive integer, not {_show(self.n_actions)}")
+        try:
+            dtype = np.dtype(self.obs_dtype).newbyteorder("=")
+        except TypeError:
+            raise ValueError(f"obs_dtype must name a numpy dtype, not {_show(self.obs_dtype)}") from None
+        if dtype.kind not in "fiu":
+            raise ValueError(f"obs_dtype must be a float or integer dtype, not {dtype.name}")
+        if math.prod(shape) * dtype.itemsize > MAX_OBS_BYTES:
+            raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
+        low, high = _range("obs_range", self.obs_range, shape)
+        reward_low, reward_high = _range("reward_range", self.reward_range, ())
+        # Range and finiteness are one comparison per bound: with the bounds pulled in to the largest finite values, an
+        # infinity is out of range, and NaN fails every comparison (hence >= and <=, never < and >).
+        if dtype.kind == "f":
+            limits = np.finfo(dtype)
+            with np.errstate(over="ignore"):
+                low, high = low.astype(dtype), high.astype(dtype)
+            bounds = (low.clip(limits.min), high.clip(None, limits.max)) if self.check_obs_finite else (low, high)
+            checked = self.check_obs_finite or self.obs_range is not None
+        else:
+            smallest, largest = np.iinfo(dtype).min, np.iinfo(dtype).max
+            checked = bool((low > smallest).any() or (high < largest).any())
+            low, high = np.ceil(low.clip(smallest)), np.floor(high.clip(None, largest))
+            if dtype.itemsize < 8:  # float64 holds these exactly; wider integers are compared as float64
+                low, high = low.astype(dtype), high.astype(dtype)
+            bounds = low, high
+        most = sys.float_info.max if self.check_reward_finite else math.inf
+        reward_bounds = max(float(reward_low), -most), min(float(reward_high), most)
+        worked_out = {
+            "obs_shape": shape,
+            "obs_dtype": dtype.name,
+            "obs_range": None if self.obs_range is None else (low.tolist(), high.tolist()),
+            "_dtype": dtype,
+            "_obs_range": (low, high),
+            "_obs_bounds": bounds if checked else None,
+            "_reward_bounds": reward_bounds if self.check_reward_finite or self.reward_range is not None else None,
+        }
+        for name, value in worked_out.items():
+            object.__setattr__(self, name, value)  # how a frozen dataclass is given its fields
+
+    @classmethod
+    def from_env(
+        cls,
+        env_id: str,
+        make_kwargs: dict[str, Any] | None = None,
+        server_command: Sequence[str] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Contract:
+        """The contract that an environment declares with its spaces, asked of a server started for the purpose.
+
+        Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
+        """
+        server = _Server(_command(env_id, 1, make_kwargs, server_command), timeout, env_id, 0, 1)
+        try:
+            return server.describe()[0]
+        finally:
+            _end([server], polite=True)
+
+    # Exact types: these turn what an environment returned, or what JSON brought, into arrays, or refuse it.
+
+    def _observation(self, raw: object, env: int) -> np.ndarray:
+        """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with ``raw``."""
+        if isinstance(raw, np.ndarray):
+            array = raw
+        elif isinstance(raw, (list, tuple)):
+            array = self._from_list(raw, env)
+        else:
+            raise ContractViolation("obs_type", "a numpy array", _show(raw), env)
+        if array.shape != self.obs_shape:
+            raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
+        dtype = self._dtype
+        if array.dtype == dtype:
+            return array
+        if not np.can_cast(array.dtype, dtype, "same_kind") and not (array.dtype.kind in "iu" and dtype.kind in "iu"):
+            raise ContractViolation("obs_dtype", dtype.name, f"{array.dtype.name} {_show(array.tolist())}", env)
+        with np.errstate(over="ignore"):
+            cast = array.astype(dtype)
+        fits = (np.isfinite(cast) | ~np.isfinite(array)) if dtype.kind == "f" else cast == array
+        if not fits.all():
+            raise ContractViolation("obs_dtype", f"values that fit {dtype.name}", _first(array, ~fits), env)
+        return cast
+
+    def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> np.ndarray:
+        dtype = self._dtype
+        numbers = list(self._flatten(raw, self.obs_shape, env))
+        allowed = (int, float) if dtype.kind == "f" else (int,)
+        for number in numbers:
+            if type(number) not in allowed:
+                rule = "obs_dtype" if type(number) is float else "obs_type"
+                raise ContractViolation(rule, f"numbers that fit {dtype.name}", _show(number), env)
+        try:
+            array = np.array(numbers, np.float64 if dtype.kind == "f" else dtype).reshape(self.obs_shape)
+        except OverflowError:
+            raise ContractViolation("obs_dtype", f"values that fit {dtype.name}", _show(numbers), env) from None
+        if dtype.kind == "f" and not np.isfinite(array).all():  # 1e999 is good JSON
+            raise ContractViolation(
+                "obs_dtype", f"values that fit {dtype.name}", _first(array, ~np.isfinite(array)), env
+            )
+        return array
+
+    def _flatten(self, raw: object, shape: tuple[int, ...], env: int) -> Iterator[object]:
+        if not shape:
+            yield raw
+        elif isinstance(raw, (list, tuple)) and len(raw) == shape[0]:
+            for part in raw:
+                yield from self._flatten(part, shape[1:], env)
+        else:
+            raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
+
+    @staticmethod
+    def _rewards(raw: Sequence[object]) -> np.ndarray:
+        for env, reward in enumerate(raw):
+            if type(reward) is not float and (
+                isinstance(reward, bool) or not isinstance(reward, (int, float, np.integer, np.floating))
+            ):
+                raise ContractViolation("reward_type", "a number", _show(reward), env)
+        try:
+            return np.array(raw, np.float64)
+        except OverflowError:
+            raise ContractViolation("reward_finite", "finite rewards", _show(raw)) from None
+
+    @staticmethod
+    def _flags(name: str, raw: Sequence[object], first_env: int = 0) -> np.ndarray:
+        for env, flag in enumerate(raw):
+            if type(flag) is not bool and not isinstance(flag, np.bool_):
+                raise ContractViolation("done_type", f"a boolean for {name}", _show(flag), first_env + env)
+        return np.array(raw, np.bool_)
+
+    # Values: these look at whole batches of exact type.  Each is two comparisons where all is well.
+
+    def _check_observations(self, observations: np.ndarray, envs: Sequence[int] | None = None) -> None:
+        """(n, *obs_shape), row k of environment ``envs[k]`` (default: k)."""
+        bounds = self._obs_bounds
+        if bounds is None:
+            return
+        good = (observations >= bounds[0]) & (observations <= bounds[1])
+        if not good.all():
+            index = tuple(np.argwhere(~good)[0].tolist())
+            value, element = observations[index], f"observation{list(index[1:])}"
+            env = index[0] if envs is None else envs[index[0]]
+            if self.check_obs_finite and not np.isfinite(value):
+                raise ContractViolation("obs_finite", f"a finite {element}", str(value), env)
+            low, high = (bound[index[1:]] for bound in self._obs_range)
+            raise ContractViolation("obs_range", f"{element} in [{low}, {high}]", str(value), env)
+
+    def _check_rewards(self, rewards: np.ndarray) -> None:
+        bounds = self._reward_bounds
+        if bounds is None:
+            return
+        good = (rewards >= bounds[0]) & (rewards <= bounds[1])
+        if not good.all():
+            env = int(np.argmin(good))
+            if self.check_reward_finite and not np.isfinite(rewards[env]):
+                raise ContractViolation("reward_finite", "a finite reward", str(rewards[env]), env)
+            raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(rewards[env]), env)
+
+    def _check_actions(self, actions: Any, num_envs: int) -> np.ndarray:
+        """(N,) integers, as a new int64 array."""
+        if not isinstance(actions, np.ndarray):
+            if not all(_is_int(action) or isinstance(action, np.integer) for action in actions):
+                raise ContractViolation("action_type", "integers", _show(actions))
+            actions = np.array(actions)
+        if actions.shape != (num_envs,):
+            raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
+        if actions.dtype.kind not in "iu":
+            raise ContractViolation("action_type", "integers", str(actions.dtype))
+        good = (actions >= 0) & (actions < self.n_actions)
+        if not good.all():
+            env = int(np.argmin(good))
+            raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[env]), env)
+        return np.array(actions, np.int64)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _first(array: np.ndarray, bad: np.ndarray) -> str:
+    index = tuple(np.argwhere(bad)[0].tolist())
+    return f"{array[index]} at index {list(index)}"
+
+
+def _range(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) as float64 arrays of ``shape``; without limits, infinities."""
+    low, high = limits if limits is not None else (-np.inf, np.inf)
+    try:
+        arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers of shape {shape}, not {_show(limits)}") from None
+    if not (arrays[0] <= arrays[1]).all():
+        raise ValueError(f"{name} must have low <= high, not {_show(limits)}")
+    return arrays[0], arrays[1]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One checked step of N environments.  Arrays of its own: nothing overwrites them later."""
+
+    observation: np.ndarray  # (N, *obs_shape) obs_dtype, what the actions were chosen from
+    action: np.ndarray  # (N,) int64
+    reward: np.ndarray  # (N,) float64
+    next_observation: np.ndarray  # (N, *obs_shape) obs_dtype, what the actions led to, before any auto-reset
+    terminated: np.ndarray  # (N,) bool, the episode ended by the rules of the task
+    truncated: np.ndarray  # (N,) bool, the episode was cut short from outside (a time limit)
+
+    @property
+    def done(self) -> np.ndarray:
+        """(N,) bool: the episode is over, for whichever reason."""
+        return self.terminated | self.truncated
+
+
+# ----------------------------------------------------------------------------------------------------------- sessions
+
+
+class _Batch(NamedTuple):
+    """One step of n environments, exact in type and shape, its values not yet checked."""
+
+    next_obs: np.ndarray  # (n, *obs_shape)
+    reward: np.ndarray  # (n,) float64
+    terminated: np.ndarray  # (n,) bool
+    truncated: np.ndarray  # (n,) bool
+    reset_obs: dict[int, np.ndarray]  # environment -> (*obs_shape), for those that finished
+
+
+class CheckedSession(ABC):
+    """N environments, stepped together, every reset and transition checked.  The checks are here, for every kind.
+
+    An environment that finishes is reset at once: ``Transition.next_observation`` is where the episode ended, the
+    session's ``observation`` is where the next one begins.
+
+    Attributes: ``num_envs``, ``contract``, ``transitions_checked``, ``versions`` (what the environments run on).
+    Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.
+    """
+
+    def __init__(self, num_envs: int, contract: Contract) -> None:
+        self.num_envs, self.contract = num_envs, contract
+        self.transitions_checked = 0
+        self.versions: dict[str, str] = {}
+        self._observation: np.ndarray | None = None
+        self._steps = 0
+        self._dead: str | None = None
+
+    @property
+    def observation(self) -> np.ndarray:
+        """(N, *obs_shape): what the next actions are to be chosen from."""
+        if self._observation is None:
+            raise BridgeError("there is no observation before reset()")
+        return self._observation
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns (N, *obs_shape)."""
+        return self._guard("reset", self._checked_reset, seed)
+
+    def step(self, actions: Sequence[int] | np.ndarray) -> Transition:
+        """Take ``actions`` (N,), one per environment; finished environments begin a new episode."""
+        return self._guard("step", self._checked_step, actions)
+
+    def close(self) -> None:
+        """End everything within 3 seconds, whatever state it is in.  Never raises, may be called again."""
+        if self._dead is None:
+            self._dead = "it was closed"
+            self._close(polite=True)
+
+    def __enter__(self) -> CheckedSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def twin(self, num_envs: int) -> CheckedSession:
+        """A second session over environments of the same kind, before its first reset (for evaluation, say)."""
+
+    @abstractmethod
+    def _reset(self, seed: int | None) -> np.ndarray: ...
+
+    @abstractmethod
+    def _step(self, actions: np.ndarray) -> _Batch: ...
+
+    @abstractmethod
+    def _close(self, polite: bool) -> None: ...
+
+    def _report(self, env: int | None) -> str | None:
+        """What an error should say of the process behind environment ``env``."""
+        return None
+
+    def _guard(self, stage: str, call: Callable[[A], R], argument: A) -> R:
+        """Call; whatever goes wrong (Ctrl-C too: a reply may be outstanding) ends the session."""
+        if self._dead is not None:
+            raise BridgeError(f"this session is dead: {self._dead}")
+        try:
+            return call(argument)
+        except BaseException as error:
+            if isinstance(error, SessionFailure):
+                error.stage = error.stage or stage
+                error.step = self._steps + 1 if stage == "step" else None
+                error.server = error.server or self._report(error.env)
+            self._dead = f"{type(error).__name__}: {error}"
+            self._observation = None
+            self._close(polite=False)
+            raise
+
+    def _checked_reset(self, seed: int | None) -> np.ndarray:
+        if seed is not None and not (_is_int(seed) and seed >= 0):
+            raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
+        observation = self._reset(seed)
+        self.contract._check_observations(observation)
+        self._observation = observation
+        return observation
+
+    def _checked_step(self, actions: Sequence[int] | np.ndarray) -> Transition:
+        if self._observation is None:
+            raise BridgeError("step() before reset()")
+        contract = self.contract
+        action = contract._check_actions(actions, self.num_envs)
+        next_obs, reward, terminated, truncated, reset_obs = self._step(action)
+        contract._check_observations(next_obs)
+        contract._check_rewards(reward)
+        done = terminated | truncated
+        if contract.require_exclusive_done_flags and (terminated & truncated).any():
+            env = int(np.argmax(terminated & truncated))
+            raise ContractViolation("done_exclusive", "terminated or truncated", "both", env)
+        finished = np.flatnonzero(done).tolist()
+        if finished != sorted(reset_obs):
+            env = min(set(finished) ^ set(reset_obs))
+            expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
+            raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
+        observation = next_obs
+        if finished:
+            first = np.stack([reset_obs[env] for env in finished])
+            contract._check_observations(first, finished)
+            observation = next_obs.copy()
+            observation[finished] = first
+        transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
+        self._observation = observation
+        self._steps += 1
+        self.transitions_checked += self.num_envs
+        return transition
+
+
+class GymnasiumSession(CheckedSession):
+    """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
+
+    make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
+    server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
+    elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
+    The flags of the server (``--env-id`` and so on) are appended to it.
+    wait: False leaves the handshake to the first ``reset``, so that servers start while the caller does other things.
+
+    Raises (here, or with ``wait=False`` in ``reset``) ContractViolation if the environment declares other spaces than
+    the contract's, BridgeError if a server does not start.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        contract: Contract,
+        num_envs: int = 1,
+        num_workers: int = 1,
+        make_kwargs: dict[str, Any] | None = None,
+        timeout: float = TIMEOUT,
+        server_command: Sequence[str] | None = None,
+        wait: bool = True,
+    ) -> None:
+        if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
+            raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, not {timeout!r}")
+        super().__init__(num_envs, contract)
+        self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
+        self._timeout = timeout
+        self._connected = False
+        self._decode_reset = functools.partial(_decode_reset, contract)
+        self._decode_step = functools.partial(_decode_step, contract)
+        self._servers: list[_Server] = []
+        self._guard("start", self._spawn, None)
+        if wait:
+            self._guard("start", self._connect, None)
+
+    def twin(self, num_envs: int) -> GymnasiumSession:
+        env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
+        return GymnasiumSession(
+            env_id, contract, num_envs, min(num_workers, num_envs), make_kwargs, timeout, server_command, wait=False
+        )
+
+    def _spawn(self, _: None) -> None:
+        env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
+        firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
+        for first, end in pairwise(firsts):
+            command = _command(env_id, end - first, make_kwargs, server_command)
+            self._servers.append(_Server(command, timeout, env_id, first, end - first))
+
+    def _connect(self, _: None) -> None:
+        for server in self._servers:
+            declared, self.versions = server.describe()
+            if complaint := _differ(declared, self.contract):
+                complaint.stage, complaint.server = "start", server.report()
+                raise complaint
+        self._connected = True
+
+    def _reset(self, seed: int | None) -> np.ndarray:
+        if not self._connected:
+            self._connect(None)
+        deadline = time.monotonic() + self._timeout
+        for server in self._servers:
+            first = None if seed is None else seed + server.first_env
+            server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
+        return np.concatenate([server.receive(self._decode_reset, deadline) for server in self._servers])
+
+    def _step(self, actions: np.ndarray) -> _Batch:
+        deadline = time.monotonic() + self._timeout
+        for server in self._servers:
+            own = actions[server.first_env : server.first_env + server.num_envs]
+            server.send({"cmd": "step", "actions": own.tolist(), "encoding": "base64"}, deadline)
+        batches = [server.receive(self._decode_step, deadline) for server in self._servers]
+        if len(batches) == 1:
+            return batches[0]
+        next_obs, reward, terminated, truncated, reset_obs = zip(*batches, strict=True)
+        firsts = [server.first_env for server in self._servers]
+        merged = {first + env: obs for first, own in zip(firsts, reset_obs, strict=True) for env, obs in own.items()}
+        join = np.concatenate
+        return _Batch(join(next_obs), join(reward), join(terminated), join(truncated), merged)
+
+    def _report(self, env: int | None) -> str | None:
+        hosts = [s for s in self._servers if env is not None and s.first_env <= env < s.first_env + s.num_envs]
+        return hosts[0].report() if hosts else None
+
+    def _close(self, polite: bool) -> None:
+        _end(self._servers, polite)
+
+
+class NativeSession(CheckedSession):
+    """In-process environments (objects with Gymnasium's ``reset`` and ``step``) behind the same checks.
+
+    An exception of an environment becomes a BridgeError; nothing here can stop one that hangs.
+    """
+
+    def __init__(self, envs: Sequence[Any], contract: Contract) -> None:
+        if not envs:
+            raise ValueError("need at least one environment")
+        super().__init__(len(envs), contract)
+        self._envs = list(envs)
+        self._environments = _Environments(self._envs, contract)
+
+    def twin(self, num_envs: int) -> NativeSession:
+        """Deep copies of the environments: whatever state they share outside themselves stays shared."""
+        sources = [self._envs[i % self.num_envs] for i in range(num_envs)]
+        return NativeSession([copy.deepcopy(env) for env in sources], self.contract)
+
+    def _reset(self, seed: int | None) -> np.ndarray:
+        return self._environments.reset(seed)
+
+    def _step(self, actions: np.ndarray) -> _Batch:
+        return self._environments.step(actions.tolist())
+
+    def _close(self, polite: bool) -> None:
+        self._environments.close()
+
+
+class _Environments:
+    """n environments stepped one after the other: the inside of a server and of a NativeSession.
+
+    What an environment returns is copied at once (many overwrite their arrays) and must be exact in type and shape.
+    """
+
+    def __init__(self, envs: list[Any], contract: Contract) -> None:
+        self.envs, self.contract = envs, contract
+
+    def reset(self, seed: int | None) -> np.ndarray:
+        return np.stack([self._first(env, None if seed is None else seed + env) for env in range(len(self.envs))])
+
+    def step(self, actions: list[int]) -> _Batch:
+        contract = self.contract
+        next_obs = np.empty((len(self.envs), *contract.obs_shape), contract.obs_dtype)
+        rewards, dones, reset_obs = [], [], {}
+        for env, action in enumerate(actions):
+            try:
+                result = self.envs[env].step(action)
+            except Exception as error:
+                raise BridgeError(f"the environment raised {type(error).__name__}: {error}", env) from error
+            if not isinstance(result, tuple) or len(result) != 5:
+                raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
+            next_obs[env] = contract._observation(result[0], env)
+            rewards.append(result[1])
+            terminated, truncated = result[2], result[3]
+            dones.append((terminated, truncated))
+            if type(terminated) is not bool or type(truncated) is not bool:
+                terminated, truncated = contract._flags("terminated and truncated", [terminated, truncated], env)
+            if terminated or truncated:
+                reset_obs[env] = self._first(env, None)
+        reward = contract._rewards(rewards)
+        done = np.array(dones, np.bool_)
+        return _Batch(next_obs, reward, done[:, 0], done[:, 1], reset_obs)
+
+    def close(self) -> None:
+        for env in self.envs:
+            try:
+                env.close()
+            except Exception:  # close() must end everything, and an environment may raise anything, or have no close
+                continue
+
+    def _first(self, env: int, seed: int | None) -> np.ndarray:
+        try:
+            result = self.envs[env].reset(seed=seed)
+        except Exception as error:
+            raise BridgeError(f"the environment raised {type(error).__name__}: {error}", env) from error
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
+        return self.contract._observation(result[0], env).copy()
+
+
+# ------------------------------------------------------------------------------------------------------------- client
+
+
+class _Server:
+    """One server process, seen from the trainer: its pipes, the ids of its replies, its last words."""
+
+    def __init__(self, command: list[str], timeout: float, env_id: str, first_env: int, num_envs: int) -> None:
+        if os.name != "posix":
+            raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
+        self.env_id, self.first_env, self.num_envs, self.timeout = env_id, first_env, num_envs, timeout
+        self.last_id = 0
+        try:
+            self.process = subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a process group of its own: Ctrl-C is the trainer's, and kill reaches all
+            )
+        except (OSError, ValueError) as error:
+            failure = BridgeError(f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]")
+            failure.stage = "start"
+            raise failure from None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.stdin, False)
+        self.readable, self.writable = select.poll(), select.poll()
+        self.readable.register(self.stdout, select.POLLIN)
+        self.writable.register(self.stdin, select.POLLOUT)
+        self.stderr_tail = b""
+        self.stderr_thread = threading.Thread(target=self._drain_stderr, daemon=True)
+        self.stderr_thread.start()
+
+    def send(self, request: dict[str, Any], deadline: float) -> None:
+        if self.readable.poll(0):
+            unasked = os.read(self.stdout, 200)
+            self._fail(f"the server spoke without being asked: {unasked!r}" if unasked else "the server hung up")
+        self.last_id += 1
+        data = json.dumps({"id": self.last_id, **request}).encode() + b"\n"
+        try:
+            while data:
+                try:
+                    data = data[os.write(self.stdin, data) :]
+                except BlockingIOError:
+                    self._wait(self.writable, deadline, "the server does not read its requests")
+        except BrokenPipeError:
+            self._fail("the server hung up")
+
+    def receive(self, decode: Callable[[dict[str, Any], int], R], deadline: float) -> R:
+        """The decoded reply to the last request: exactly one line, with its id."""
+        try:
+            return decode(self._reply(deadline), self.num_envs)
+        except SessionFailure as failure:  # until here, environments were counted from this server's first
+            failure.env = None if failure.env is None else failure.env + self.first_env
+            failure.server = failure.server or self.report()
+            raise
+
+    def describe(self) -> tuple[Contract, dict[str, str]]:
+        """The handshake: the contract of the declared spaces, and the versions of what the server runs on."""
+        deadline = time.monotonic() + self.timeout
+        try:
+            self.send({"cmd": "describe"}, deadline)
+            return self.receive(lambda reply, num_envs: _decode_describe(reply, self.env_id, num_envs), deadline)
+        except SessionFailure as failure:
+            failure.stage = "start"
+            raise
+
+    def report(self) -> str:
+        """Pid, how it ended, the last lines of its stderr."""
+        if self.readable.poll(0):  # readable after the last reply: most likely end of file, so the exit code is near
+            self._wait_for_exit(0.3)
+        code = self.process.poll()
+        if code is None:
+            state = "running until now"
+        elif code >= 0:
+            state = f"exit code {code}"
+        else:
+            state = f"killed by signal {-code} ({signal.Signals(-code).name})"
+        if code is not None:
+            self.stderr_thread.join(0.2)
+        lines = self.stderr_tail.decode(errors="replace").splitlines()[-STDERR_LINES:]
+        last = "; its last lines on stderr:\n  " + "\n  ".join(lines) if lines else ""
+        return f"server pid {self.process.pid}, {state}{last}"
+
+    def _reply(self, deadline: float) -> dict[str, Any]:
+        line = self._line(deadline)
+        try:
+            reply = _loads(line)
+        except ValueError as error:
+            self._fail(f"the reply is not a line of strict JSON ({error}): {_show(line)}")
+        if not isinstance(reply, dict) or not _is_int(reply.get("id")) or type(reply.get("ok")) is not bool:
+            self._fail(f"a reply is an object with an integer id and a boolean ok, not {_show(line)}")
+        if reply["id"] != self.last_id:
+            self._fail(f"the reply has id {reply['id']}, the request had {self.last_id}")
+        del reply["id"]
+        if not reply.pop("ok"):
+            _decode_error(reply, self.num_envs)
+        return reply
+
+    def _line(self, deadline: float) -> bytes:
+        line = b""
+        while True:
+            self._wait(self.readable, deadline, f"no whole reply within {self.timeout:g} s; so far {_show(line)}")
+            chunk = os.read(self.stdout, 1 << 16)
+            if not chunk:
+                self._fail("the server hung up" + (f" in the middle of a reply: {_show(line)}" if line else ""))
+            line += chunk
+            if b"\n" in chunk:
+                break
+            if len(line) > MAX_LINE_BYTES:
+                self._fail(f"the reply is longer than {MAX_LINE_BYTES >> 20} MiB: {_show(line)}")
+        line, _, rest = line.partition(b"\n")
+        if rest:
+            self._fail(f"more than one reply to one request: {_show(rest)}")
+        return line
+
+    def _wait(self, poller: select.poll, deadline: float, complaint: str) -> None:
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            self._fail(complaint)
+
+    def _wait_for_exit(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def _fail(self, what: str) -> NoReturn:
+        failure = BridgeError(what)
+        failure.server = self.report()
+        raise failure
+
+    def _drain_stderr(self) -> None:
+        """Pass on what the environments print, and keep the end of it for an error message."""
+        assert self.process.stderr
+        while chunk := self.process.stderr.read(1 << 16):
+            self.stderr_tail = (self.stderr_tail + chunk)[-8192:]
+            with contextlib.suppress(OSError):  # the trainer's own stderr may be closed: then nobody is listening
+                os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
+
+
+def _command(
+    env_id: str, num_envs: int, make_kwargs: dict[str, Any] | None, server_command: Sequence[str] | None
+) -> list[str]:
+    command = list(server_command) if server_command else [sys.executable, "-u", os.path.abspath(__file__)]
+    command += ["--env-id", env_id, "--num-envs", str(num_envs)]
+    if make_kwargs:
+        command += ["--make-kwargs", json.dumps(make_kwargs)]
+    if threading.current_thread() is threading.main_thread():  # Linux means the parent *thread*
+        command += ["--die-with-parent"]
+    return command
+
+
+def _end(servers: list[_Server], polite: bool) -> None:
+    """Ask (if polite), terminate, kill: every server and all that it started, with a bounded wait for each."""
+    for server in servers:
+        try:
+            if polite:
+                os.write(server.stdin, json.dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+        except OSError:  # it has exited already, or it reads no more
+            pass
+        server.process.stdin.close()  # type: ignore[union-attr]
+    stages = [(None, CLOSE_GRACE)] if polite else []
+    for number, grace in [*stages, (signal.SIGTERM, TERMINATE_GRACE), (signal.SIGKILL, TERMINATE_GRACE)]:
+        deadline = time.monotonic() + grace
+        for server in servers:
+            try:
+                if number == signal.SIGKILL or (number and server.process.poll() is None):
+                    os.killpg(server.process.pid, number)
+            except (ProcessLookupError, PermissionError):  # nobody left (macOS says: not permitted)
+                pass
+        for server in servers:
+            server._wait_for_exit(max(0.0, deadline - time.monotonic()))
+    for server in servers:
+        server.process.stdout.close()  # type: ignore[union-attr]
+        server.stderr_thread.join(0.2)
+
+
+def _loads(line: bytes) -> Any:
+    """Strict JSON.  Raises ValueError for anything else: bad UTF-8, NaN, a key given twice, nesting without end."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(record := dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice")
+        return record
+
+    def refuse(token: str) -> NoReturn:
+        raise ValueError(f"{token} is no JSON")
+
+    try:
+        return json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _keys(reply: dict[str, Any], required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    missing, unknown = required - reply.keys(), reply.keys() - required - optional
+    if missing or unknown:
+        problem = [f"lacks {sorted(missing)}"] if missing else []
+        problem += [f"has unknown {sorted(unknown)}"] if unknown else []
+        raise BridgeError(f"the reply {' and '.join(problem)}")
+
+
+def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
+    """A failed request: the environment raised, or the server itself saw a rule broken."""
+    _keys(reply, {"error"}, {"traceback", "env", "rule", "expected", "got"})
+    env = reply.pop("env", None)
+    in_range = env is None or (_is_int(env) and 0 <= env < num_envs)
+    if not in_range or not all(type(text) is str for text in reply.values()):
+        raise BridgeError(f"a malformed error reply: {_show(reply)}")
+    if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
+        raise ContractViolation(reply["rule"], reply["expected"], reply["got"], env)
+    raise BridgeError(reply["error"] + ("\n" + reply["traceback"].rstrip() if "traceback" in reply else ""), env)
+
+
+def _decode_describe(reply: dict[str, Any], env_id: str, num_envs: int) -> tuple[Contract, dict[str, str]]:
+    spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
+    _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
+    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", num_envs):
+        if type(reply[key]) is not type(expected) or reply[key] != expected:
+            raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
+    versions = reply["versions"]
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise BridgeError(f"describe: versions must map names to strings, not {_show(versions)}")
+    try:
+        if not isinstance(reply["obs_shape"], list) or not isinstance(reply["obs_dtype"], str):
+            raise ValueError("obs_shape must be a list, obs_dtype a string")
+        shape = tuple(reply["obs_shape"])
+        plain = Contract(shape, reply["n_actions"], reply["obs_dtype"])
+        low, high = (_unbound(plain, reply[key], fill) for key, fill in (("obs_low", -np.inf), ("obs_high", np.inf)))
+        bounded = np.isfinite(low).any() or np.isfinite(high).any()
+        return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
+    except (ValueError, ContractViolation) as error:
+        declared = {key: reply[key] for key in sorted(spaces)}
+        raise ContractViolation("declared_space", f"spaces that can be ({error})", _show(declared)) from None
+
+
+def _unbound(contract: Contract, raw: object, fill: float) -> np.ndarray:
+    """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
+    numbers = [fill if number is None else number for number in contract._flatten(raw, contract.obs_shape, 0)]
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+        raise ValueError("a bound must be a number or null")
+    return np.array(numbers, np.float64).reshape(contract.obs_shape)
+
+
+def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
+    """The environment's declared spaces against the contract's; a contract may demand a narrower range."""
+
+    def spaces(contract: Contract) -> str:
+        bounds = "any" if contract.obs_range is None else _show(contract.obs_range)
+        return f"Box({contract.obs_shape}, {contract.obs_dtype}, range {bounds}), Discrete({contract.n_actions})"
+
+    same = all(getattr(declared, k) == getattr(demanded, k) for k in ("obs_shape", "obs_dtype", "n_actions"))
+    if same and demanded.obs_range is not None:
+        (low, high), (lowest, highest) = demanded._obs_range, declared._obs_range
+        same = bool((low >= lowest).all() and (high <= highest).all())
+    return None if same else ContractViolation("declared_space", spaces(demanded), spaces(declared))
+
+
+def _decode_reset(contract: Contract, reply: dict[str, Any], num_envs: int) -> np.ndarray:
+    _keys(reply, {"obs"})
+    return _decode_observations(reply["obs"], num_envs, contract)
+
+
+def _decode_step(contract: Contract, reply: dict[str, Any], num_envs: int) -> _Batch:
+    _keys(reply, {"next_obs", "reward", "terminated", "truncated", "reset_obs"})
+    next_obs = _decode_observations(reply["next_obs"], num_envs, contract)
+    for key in "reward", "terminated", "truncated":
+        if type(reply[key]) is not list or len(reply[key]) != num_envs:
+            raise ContractViolation("batch_size", f"a list of {num_envs} for {key}", _show(reply[key]))
+    reward = contract._rewards(reply["reward"])
+    terminated = contract._flags("terminated", reply["terminated"])
+    truncated = contract._flags("truncated", reply["truncated"])
+    if type(reply["reset_obs"]) is not dict:
+        raise ContractViolation("reset_obs", "an object", _show(reply["reset_obs"]))
+    names = {str(env): env for env in range(num_envs)} if reply["reset_obs"] else {}
+    reset_obs = {}
+    for name, raw in reply["reset_obs"].items():
+        if name not in names:
+            raise ContractViolation("reset_obs", f"environments 0 .. {num_envs - 1}", _show(name))
+        alone = raw if isinstance(raw, str) else [raw]
+        reset_obs[names[name]] = _decode_observations(alone, 1, contract, names[name])[0]
+    return _Batch(next_obs, reward, terminated, truncated, reset_obs)
+
+
+def _decode_observations(raw: object, num_envs: int, contract: Contract, first_env: int = 0) -> np.ndarray:
+    """(num_envs, *obs_shape) from base64, or from nested lists (a server that speaks no base64 is understood)."""
+    if type(raw) is str:
+        try:
+            data = base64.b64decode(raw, validate=True)
+        except ValueError as error:
+            raise ContractViolation("obs_type", f"base64 ({error})", _show(raw)) from None
+        dtype = contract._dtype
+        shape = (num_envs, *contract.obs_shape)
+        if len(data) != math.prod(shape) * dtype.itemsize:
+            raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", f"{len(data)} bytes")
+        return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype)
+    if type(raw) is not list or len(raw) != num_envs:
+        raise ContractViolation("batch_size", f"observations of {num_envs} environments", _show(raw))
+    rows = [contract._observation(row, first_env + env) for env, row in enumerate(raw)]
+    return np.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- server
+
+
+class _Unsupported(Exception):
+    """A request that no environment here can fulfil: said in one line, without a traceback."""
+
+
+def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list[Any], Contract, dict[str, Any]]:
+    """The environments, the contract of their declared spaces, and the answer to "describe"."""
+    import gymnasium
+
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "gymnasium": gymnasium.__version__}
+    sys.path.append(os.getcwd())  # so that --env-id my_module:MyEnv-v0 finds my_module.py where the person stands
+    if env_id.startswith("ALE/"):
+        try:
+            import ale_py
+        except ImportError as error:
+            raise _Unsupported(f"{env_id} needs the package ale-py ({error}): pip install ale-py") from None
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
+        gymnasium.register_envs(ale_py)
+        versions["ale_py"] = ale_py.__version__
+    try:
+        envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise _Unsupported(f"cannot make {env_id}: {error}") from None
+    observation, action = envs[0].observation_space, envs[0].action_space
+    if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
+        raise _Unsupported(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
+    if not isinstance(observation, gymnasium.spaces.Box) or observation.dtype.kind not in "fiu":
+        raise _Unsupported(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
+    contract = Contract(
+        observation.shape, int(action.n), observation.dtype.name, check_obs_finite=False, check_reward_finite=False
+    )
+    bounds = {}
+    for key, bound in ("obs_low", observation.low), ("obs_high", observation.high):
+        flat = [number if math.isfinite(number) else None for number in bound.ravel().tolist()]
+        bounds[key] = np.array(flat, object).reshape(bound.shape).tolist()
+    spaces = {"n_actions": contract.n_actions, "obs_shape": list(contract.obs_shape), "obs_dtype": contract.obs_dtype}
+    about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, **bounds, "versions": versions}
+    return envs, contract, about
+
+
+def _answer(request: Any, environments: _Environments, about: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request, without id and ok."""
+    command = request.get("cmd") if isinstance(request, dict) else None
+    allowed = {"describe": set(), "reset": {"seed", "encoding"}, "step": {"actions", "encoding"}, "close": set()}
+    if not isinstance(command, str) or command not in allowed:
+        raise _Unsupported(f'a request is {{"id": 1, "cmd": one of {list(allowed)}, ...}}')
+    if unknown := request.keys() - {"id", "cmd"} - allowed[command]:
+        raise _Unsupported(f"{command} takes no {sorted(unknown)}")
+    if command == "describe":
+        return about
+    if command == "close":
+        return {}
+    encoding = request.get("encoding", "json")
+    if encoding not in ("json", "base64"):
+        raise _Unsupported(f'encoding is "base64" or "json", not {_show(encoding)}')
+    if command == "reset":
+        seed = request.get("seed")
+        if seed is not None and not (_is_int(seed) and seed >= 0):
+            raise _Unsupported(f"seed is a non-negative integer or null, not {_show(seed)}")
+        return {"obs": _encode(environments.reset(seed), encoding)}
+    actions = request.get("actions")
+    if not isinstance(actions, list):
+        raise _Unsupported(f"actions is a list, not {_show(actions)}")
+    actions = environments.contract._check_actions(actions, len(environments.envs)).tolist()
+    batch = environments.step(actions)
+    if not np.isfinite(batch.reward).all():  # JSON has no word for it, and no trainer here wants it
+        env = int(np.argmin(np.isfinite(batch.reward)))
+        raise ContractViolation("reward_finite", "a finite reward", str(batch.reward[env]), env)
+    return {
+        "next_obs": _encode(batch.next_obs, encoding),
+        "reward": batch.reward.tolist(),
+        "terminated": batch.terminated.tolist(),
+        "truncated": batch.truncated.tolist(),
+        "reset_obs": {str(env): _encode(obs, encoding) for env, obs in batch.reset_obs.items()},
+    }
+
+
+def _encode(observations: np.ndarray, encoding: str) -> Any:
+    if encoding == "base64":
+        little = observations.astype(observations.dtype.newbyteorder("<"), copy=False)
+        return base64.b64encode(little.tobytes()).decode()
+    return observations.tolist()
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
+    if isinstance(error, _Unsupported):
+        return {"error": str(error)}
+    reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else repr(error)}
+    if isinstance(error, SessionFailure) and error.env is not None:
+        reply["env"] = error.env
+    if isinstance(error, ContractViolation):
+        return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
+    return {**reply, "traceback": "".join(traceback.format_exception(error.__cause__ or error))}
+
+
+def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], wire_in: int, wire_out: int) -> None:
+    """Answer requests until told to close, or until there is nobody left to ask."""
+    failure: Exception | None = None
+    try:
+        envs, contract, about = _make(env_id, num_envs, make_kwargs)
+    except Exception as error:  # an environment may raise anything; the first request will be told
+        envs, contract, about, failure = [], Contract((1,), 1), {}, error
+    environments = _Environments(envs, contract)
+    command = None
+    with os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
+        while command != "close" and (line := requests.readline()):
+            number = None
+            try:
+                request = _loads(line)
+                if isinstance(request, dict):
+                    number, command = request.get("id"), request.get("cmd")
+                if failure is not None:
+                    raise failure
+                reply = {"id": number, "ok": True, **_answer(request, environments, about)}
+                text = json.dumps(reply, allow_nan=False)
+            except Exception as error:  # whatever it was, this request gets its one reply
+                text = json.dumps({"id": number, "ok": False, **_error(error)})
+            try:
+                replies.write(text.encode() + b"\n")
+                replies.flush()
+            except BrokenPipeError:
+                break
+    environments.close()
+
+
+def _leave_with_the_trainer(wire_in: int) -> None:
+    """When the other end of the wire is gone, allow the main loop its grace, then kill the process group."""
+    hang_up = select.poll()
+    hang_up.register(wire_in, 0)  # no events asked for: only the hang-up itself wakes this thread
+    hang_up.poll()
+    time.sleep(CLOSE_GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
+    parser.add_argument("--env-id", required=True)
+    parser.add_argument("--num-envs", type=int, default=1)
+    parser.add_argument(
+        "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
+    )
+    parser.add_argument(
+        "--die-with-parent", action="store_true", help="be killed when the starting thread ends (Linux)"
+    )
+    args = parser.parse_args()
+    wire_in, wire_out = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
+    if args.die_with_parent and sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getsid(0) == os.getpid():  # started by a session, in a group of its own
+        threading.Thread(target=_leave_with_the_trainer, args=(wire_in,), daemon=True).start()
+    _serve(args.env_id, args.num_envs, args.make_kwargs, wire_in, wire_out)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,864 @@
+"""Proximal Policy Optimization (PPO) on CartPole-v1: one file, to be read from top to bottom.
+
+    python ppo_cartpole.py --seed 1     # learns to balance the pole, a few seconds on a laptop
+    python ppo_cartpole.py --watch      # plays what it has learned, in a window
+
+A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands; an
+episode ends when the pole falls (terminated) or after 500 steps (truncated).  Solved is a mean return of 475.  A new
+agent lasts about 10 steps.  Watch the greedy return climb, with approximate KL around 0.01 and entropy falling from
+0.69 (= ln 2, undecided) without reaching 0.
+
+The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
+sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
+
+References
+    [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+    [3] Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
+    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE), Machine Learning 8
+
+Legend, used in shape comments
+    T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (4,)
+    N  environments (--num-envs)              A   number of actions; here 2
+    B  samples of a minibatch, T * N / --num-minibatches
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium>=1.0", "ale-py>=0.10", "tyro>=0.9"]
+# ///
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tyro
+
+from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
+
+# What this environment promises, and what every observation and transition is held to.
+ENV_ID = "CartPole-v1"
+CONTRACT = Contract(
+    obs_shape=(4,),  # position and velocity of the cart, angle and angular velocity of the pole
+    n_actions=2,  # push left, push right
+    obs_dtype="float32",
+    obs_range=([-4.8, -math.inf, -math.radians(24), -math.inf], [4.8, math.inf, math.radians(24), math.inf]),
+    reward_range=(0.0, 1.0),
+)
+MAKE_KWARGS: dict[str, Any] = {}
+SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
+
+
+@dataclass(frozen=True)
+class Args:
+    """PPO on CartPole-v1, or on any Gymnasium id with a Box observation and Discrete actions."""
+
+    seed: int = 1
+    """fixes everything: two runs on one machine write the same numbers to the log"""
+    cuda: bool = False
+    """run the networks on a GPU (for networks of this size the CPU is faster)"""
+    updates: int = 300
+    """rollouts to learn from, at most: training stops when the environment is solved"""
+    log: Path = Path("data/rl/ppo_cartpole_trainlog.json")
+    """where the log goes; the picture of the learning curve goes beside it, as .svg"""
+    eval_every: int = 5
+    """updates between two evaluations of the greedy policy"""
+    eval_episodes: int = 20
+    """episodes of an evaluation, each in an environment of its own"""
+    eval_max_steps: int = 30_000
+    """steps after which an evaluation episode is cut short"""
+    env_id: str = ENV_ID
+    """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
+    num_envs: int = 8
+    """N, environments that are stepped together"""
+    num_workers: int = 1
+    """processes that share the environments between them; changes the speed, not the numbers"""
+    num_steps: int = 32
+    """T, steps in each environment between two updates (the horizon)"""
+    learning_rate: float = 2.5e-3
+    """step size of Adam"""
+    anneal_lr: bool = False
+    """let the learning rate fall linearly to zero over --updates"""
+    gamma: float = 0.98
+    """discount: rewards more than 1 / (1 - gamma) steps ahead hardly count"""
+    gae_lambda: float = 0.9
+    """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
+    num_minibatches: int = 4
+    """parts that a rollout is shuffled into, one gradient step each"""
+    update_epochs: int = 8
+    """passes over a rollout"""
+    clip_coef: float = 0.2
+    """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus, which rewards staying undecided"""
+    vf_coef: float = 0.5
+    """weight of the critic's squared error"""
+    max_grad_norm: float = 0.5
+    """longer gradients are scaled down to this length"""
+    target_kl: float | None = None
+    """end an update's epochs early once the approximate KL divergence is above this"""
+    solved_return: float | None = None
+    """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
+    checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
+    """where weights, optimiser and counters are kept"""
+    resume: bool = False
+    """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
+    watch: bool = False
+    """play greedy episodes of --checkpoint in a window"""
+    server_command: str | None = None
+    """what to run in place of this Python for the environments, such as "/other/venv/bin/python gym_bridge.py" """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, with what to do, for values that cannot be."""
+        for name in (
+            "updates",
+            "eval_every",
+            "eval_episodes",
+            "eval_max_steps",
+            "num_envs",
+            "num_workers",
+            "num_steps",
+        ):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("num_minibatches", "update_epochs"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+            self._require(0 < getattr(self, name) < math.inf, name, "must be positive")
+        for name in ("ent_coef", "vf_coef"):
+            self._require(0 <= getattr(self, name) < math.inf, name, "must not be negative")
+        for name in ("gamma", "gae_lambda"):
+            self._require(0 <= getattr(self, name) <= 1, name, "must lie in 0 .. 1")
+        self._require(self.seed >= 0, "seed", "must not be negative")
+        self._require(self.target_kl is None or self.target_kl > 0, "target_kl", "must be positive")
+        self._require(self.num_workers <= self.num_envs, "num_workers", f"must be at most num_envs ({self.num_envs})")
+        batch = self.num_envs * self.num_steps
+        self._require(
+            batch % self.num_minibatches == 0 and batch // self.num_minibatches >= 2,
+            "num_minibatches",
+            f"must divide num_envs * num_steps ({batch}) into parts of at least 2",
+        )
+
+    def _require(self, good: bool, name: str, rule: str) -> None:
+        if not good:
+            raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
+
+
+def open_session(args: Args) -> GymnasiumSession:
+    """The training environments.  Returns at once: the servers start up in the background until the first reset."""
+    command = shlex.split(args.server_command) if args.server_command else None
+    known = args.env_id == ENV_ID
+    make_kwargs = MAKE_KWARGS if known else {}
+    contract = CONTRACT if known else Contract.from_env(args.env_id, make_kwargs, command)
+    return GymnasiumSession(
+        args.env_id, contract, args.num_envs, args.num_workers, make_kwargs, server_command=command, wait=False
+    )
+
+
+def stop(message: object, code: int) -> NoReturn:
+    """End the program with one message to the person who started it."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is imported.
+STARTED = time.perf_counter()
+EARLY: list[CheckedSession] = []
+if __name__ == "__main__":
+    early_args = tyro.cli(Args)
+    if not (early_args.resume or early_args.watch):
+        try:
+            EARLY.append(open_session(early_args))
+        except (BridgeError, ContractViolation) as error:
+            stop(error, 2)
+        EARLY.append(EARLY[0].twin(early_args.eval_episodes))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
+
+
+# ---------------------------------------------------------------------------------------------------- actor and critic
+
+
+def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2)."""
+    layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    flatten = nn.Flatten(start_dim=-len(obs_shape)) if obs_shape else nn.Identity()
+    return nn.Sequential(flatten, layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+class Actor(nn.Module):
+    """The policy pi(a|s): for each observation, one logit per action.
+
+    A last layer a hundred times smaller than the others makes a new actor all but undecided between its actions.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
+        super().__init__()
+        self.net = mlp(obs_shape, n_actions, last_gain=0.01)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations.float())  # (..., *D) -> (..., A)
+
+
+class Critic(nn.Module):
+    """The value function V(s): how much discounted reward the policy will still collect from here."""
+
+    def __init__(self, obs_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = mlp(obs_shape, 1, last_gain=1.0)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations.float()).squeeze(-1)  # (..., *D) -> (...)
+
+
+# -------------------------------------------------------------------------------------------------- the checked rollout
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T steps of N environments: what was seen, done and earned, and what the networks made of it."""
+
+    observations: Tensor  # (T, N, *D)
+    actions: Tensor  # (T, N) int64
+    log_probs: Tensor  # (T, N) log pi(a|s) of the policy that acted
+    rewards: Tensor  # (T, N)
+    next_observations: Tensor  # (T, N, *D) where each action led, before any reset
+    terminated: Tensor  # (T, N) bool
+    truncated: Tensor  # (T, N) bool
+    values: Tensor  # (T, N) V(s)
+    next_values: Tensor  # (T, N) V(s')
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the fields have come out of step."""
+        sizes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        steps = sizes["actions"]
+        inner = sizes["observations"]
+        wrong = [name for name, size in sizes.items() if size != (inner if name.endswith("observations") else steps)]
+        if len(steps) != 2 or inner[:2] != steps or wrong:
+            raise ValueError(f"the fields of a rollout must all be (T, N) or (T, N, *D), not {sizes}")
+
+    @property
+    def done(self) -> Tensor:
+        """(T, N) bool: the episode ended with this step, for whichever reason."""
+        return self.terminated | self.truncated
+
+
+@torch.no_grad()
+def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
+    """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
+
+    Actions are sampled, not the most probable ones taken: exploration in PPO is nothing else.  Every transition has
+    passed the session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
+    """
+    device = next(actor.parameters()).device
+    transitions: list[Transition] = []
+    for _ in range(horizon):
+        logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
+        actions = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
+        transitions.append(session.step(actions.cpu().numpy()))
+
+    def stack(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
+
+    # The networks see the whole rollout once more, as one batch: cheaper than step by step, and log pi comes from the
+    # very computation that the loss will repeat, so that its first ratio is exactly 1.
+    observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
+    log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
+    return Rollout(
+        observations,
+        actions,
+        log_probs,
+        stack("reward").float(),
+        next_observations,
+        stack("terminated"),
+        stack("truncated"),
+        values=critic(observations),
+        next_values=critic(next_observations),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- advantages
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalized Advantage Estimation [2]: how much better each action turned out than the critic expected.
+
+    All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
+    to, before any reset.  Returns advantages (T, N).
+    """
+    # Two ways for an episode to end, and they differ.  Terminated: nothing comes after, V(s') counts as 0.  Truncated:
+    # the task would go on, only we stopped looking, so V(s') stands for the rest.  Either way the sum over later
+    # errors stops here, since the next row belongs to another episode.
+    not_terminated = 1.0 - terminated.to(values.dtype)
+    not_done = 1.0 - (terminated | truncated).to(values.dtype)
+    # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11 (and the text below it)
+    deltas = rewards + gamma * not_terminated * next_values - values
+    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
+    advantages = torch.zeros_like(deltas)
+    following = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        following = advantages[t] = deltas[t] + gamma * gae_lambda * not_done[t] * following
+    return advantages
+
+
+# ---------------------------------------------------------------------------------------------------------- PPO loss
+
+
+def ppo_loss(
+    logits: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    clip_coef: float = 0.2,
+    vf_coef: float = 0.5,
+    ent_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate objective of PPO [1], to be minimised.
+
+    logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
+    acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
+    detached scalars for the log.
+    """
+    # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
+    log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
+    log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
+    ratio = log_ratio.exp()  # r_t(theta), not a reward
+
+    # Differs from the paper: advantages are normalised, minibatch by minibatch ([3], detail 7), so that one step size
+    # fits any scale of reward.
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    # L_clip = E[min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)]                        [1], eq. 7
+    # The min takes the gradient away exactly where a further step would go too far: a good action (A > 0) is not
+    # made more than 1 + eps times as likely, a bad one (A < 0) not less than 1 - eps times.  A step back is never cut.
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
+    value_loss = (values - returns).square().mean()
+
+    # S = E[-sum_a pi(a|s) * log pi(a|s)]
+    entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
+
+    # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+
+    with torch.no_grad():
+        info = {
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old, pi), unbiased and never negative ([3], detail 12)
+            "clip_fraction": ((ratio - 1).abs() > clip_coef).float().mean(),
+            "entropy": entropy.detach(),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+        }
+    return loss, info
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(session: CheckedSession, actor: nn.Module, num_episodes: int, seed: int, max_steps: int) -> np.ndarray:
+    """Undiscounted returns (num_episodes,) of the greedy policy: always the most probable action.
+
+    Each environment plays one episode per round, and all of them count: taking the first ``num_episodes`` to finish
+    would favour short ones.
+    """
+    device = next(actor.parameters()).device
+    returns: list[np.ndarray] = []
+    for played in range(0, num_episodes, session.num_envs):
+        session.reset(seed + played)
+        total, playing = np.zeros(session.num_envs), np.ones(session.num_envs, bool)
+        for _ in range(max_steps):
+            actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
+            transition = session.step(actions.cpu().numpy())
+            total += transition.reward * playing
+            playing &= ~transition.done
+            if not playing.any():
+                break
+        returns.append(total)
+    return np.concatenate(returns)[:num_episodes]
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
+    """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
+
+    session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
+    (default: a twin of the session).  Both are closed at the end.
+    Raises ContractViolation, BridgeError, OSError (a place that cannot be written), ValueError (a bad checkpoint).
+    """
+    device = torch.device("cuda" if args.cuda else "cpu")
+    run = Run(args)
+    with contextlib.ExitStack() as resources:
+        session = resources.enter_context(session or open_session(args))
+        eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
+
+        torch.manual_seed(args.seed)
+        contract = session.contract
+        actor = Actor(contract.obs_shape, contract.n_actions).to(device)
+        critic = Critic(contract.obs_shape).to(device)
+        parameters = [*actor.parameters(), *critic.parameters()]
+        # eps: Adam divides by sqrt(v) + eps, and torch's 1e-8 lets rare gradients take giant steps ([3], detail 3).
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+        run.begin(actor, critic, optimizer, session, eval_session)
+        resources.enter_context(run.saved_on_failure())
+
+        session.reset(run.episode_seed("training"))
+        if run.update == 0:  # how good is knowing nothing?
+            seed = run.episode_seed("evaluation")
+            run.log_evaluation(evaluate(eval_session, actor, args.eval_episodes, seed, args.eval_max_steps))
+        episode_returns = torch.zeros(session.num_envs)
+
+        while run.update < args.updates and not run.solved:
+            # Collect.  Nothing is reset in between: an episode longer than T goes on in the next rollout.
+            rollout = collect_rollout(session, actor, critic, args.num_steps)
+            for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
+                episode_returns += rewards
+                run.sampled_returns += episode_returns[done].tolist()
+                episode_returns[done] = 0
+
+            # Estimate advantages, and from them what the critic should have said.
+            advantages = gae(
+                rollout.rewards,
+                rollout.values,
+                rollout.next_values,
+                rollout.terminated,
+                rollout.truncated,
+                args.gamma,
+                args.gae_lambda,
+            )  # (T, N)
+            returns = advantages + rollout.values  # TD(lambda) targets ([3], detail 5), before any normalisation
+
+            # Optimise.  Old data is used several times over; the clip is what makes that safe.
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.update / args.updates)
+            batch = [
+                column.flatten(0, 1)  # (T * N, ...)
+                for column in (rollout.observations, rollout.actions, rollout.log_probs, advantages, returns)
+            ]
+            for _ in range(args.update_epochs):
+                kls = []
+                for indices in torch.randperm(len(batch[0]), device=device).chunk(args.num_minibatches):
+                    observations, actions, log_probs, minibatch_advantages, minibatch_returns = (
+                        column[indices] for column in batch
+                    )  # (B, ...)
+                    loss, info = ppo_loss(
+                        actor(observations),
+                        critic(observations),
+                        actions,
+                        log_probs,
+                        minibatch_advantages,
+                        minibatch_returns,
+                        args.clip_coef,
+                        args.vf_coef,
+                        args.ent_coef,
+                    )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    optimizer.step()
+                    kls.append(info["approx_kl"])
+                    run.losses.append(info)
+                if args.target_kl is not None and torch.stack(kls).mean() > args.target_kl:
+                    break
+            # 1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one that knows no more than the mean.
+            run.explained_variances.append(1 - (returns - rollout.values).var() / (returns.var() + 1e-8))
+
+            # Evaluate and log.  Solved means solved twice: in the evaluation, and over 100 episodes never seen before.
+            run.complete_update()
+            if run.update % args.eval_every == 0 or run.update == args.updates:
+                seed = run.episode_seed("evaluation")
+                run.log_evaluation(evaluate(eval_session, actor, args.eval_episodes, seed, args.eval_max_steps))
+                if run.greedy_return >= run.solved_return or run.update == args.updates:
+                    seed = run.episode_seed("final evaluation")
+                    run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
+        run.finish()
+    return run
+
+
+# ======================================================================================================================
+# Housekeeping: log, picture, checkpoint, progress line, main.  Nothing below is about PPO, and a reader may stop here.
+# ======================================================================================================================
+
+SERIES = {  # of the log: name, colour
+    "avg_return": "#d1495b",  # mean return of the greedy policy's evaluation
+    "sampled_return": "#8d99ae",  # mean return of the training episodes that ended since the row before
+    "approx_kl": "#00798c",  # this and the following: means over the gradient steps since the row before
+    "clip_fraction": "#edae49",
+    "entropy": "#66a182",
+    "policy_loss": "#2e4057",
+    "value_loss": "#a23b72",
+    "explained_variance": "#5f0f40",
+    "env_steps": "#444444",
+}
+
+
+class BadInput(ValueError):
+    """A file or a device that the person named and that cannot be used: said in one line, exit code 2."""
+
+
+class Run:
+    """The state of a training run outside the networks: counters, history, and the files that it leaves.
+
+    Attributes: ``update`` (completed updates), ``env_steps``, ``history`` (a list for each of SERIES), ``steps`` (the
+    update number of each row), ``final_returns`` (100,) or None, ``solved``, ``transitions_checked``.
+    """
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.update = self.env_steps = self.violations = 0
+        self.steps: list[int] = []
+        self.history: dict[str, list[float]] = {name: [] for name in SERIES}
+        self.final_returns: np.ndarray | None = None
+        default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
+        self.solved_return = default if args.solved_return is None else args.solved_return
+        self.started = STARTED if __name__ == "__main__" else time.perf_counter()
+        self.seconds_before = self.checked_before = 0.0  # of the runs that this one resumes
+        self.sampled_returns: list[float] = []  # this and the following: since the last row of the log
+        self.losses: list[dict[str, Tensor]] = []
+        self.explained_variances: list[Tensor] = []
+        self.last_line = 0.0
+
+    @property
+    def solved(self) -> bool:
+        return self.final_returns is not None and bool(self.final_returns.mean() >= self.solved_return)
+
+    @property
+    def greedy_return(self) -> float:
+        return self.history["avg_return"][-1]
+
+    @property
+    def transitions_checked(self) -> int:
+        return int(self.checked_before) + sum(session.transitions_checked for session in self.sessions)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def episode_seed(self, purpose: str) -> int:
+        """For the environments: runs, and training and evaluations within a run, share no episode."""
+        number = ("training", "evaluation", "final evaluation").index(purpose)
+        return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0])
+
+    def begin(self, actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, *sessions: CheckedSession):
+        """Make sure that the files can be written; with --resume, go back to where the checkpoint was."""
+        self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
+        if self.args.resume:
+            state = load_checkpoint(self.args.checkpoint)
+            if state["args"]["env_id"] != self.args.env_id:
+                other = state["args"]["env_id"]
+                raise BadInput(f"{self.args.checkpoint} is a checkpoint of {other}, not of {self.args.env_id}")
+            try:
+                actor.load_state_dict(state["actor"])
+                critic.load_state_dict(state["critic"])
+                optimizer.load_state_dict(state["optimizer"])
+                torch.set_rng_state(state["rng"]["cpu"])
+                if self.args.cuda and state["rng"]["cuda"] is not None:
+                    torch.cuda.set_rng_state(state["rng"]["cuda"])
+                self.update, self.env_steps = state["update"], state["env_steps"]
+                self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
+                self.steps, self.history = list(state["steps"]), {name: list(state["history"][name]) for name in SERIES}
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {error}") from None
+        self.snapshot = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
+        return {
+            "script": Path(__file__).name,
+            "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.args).items()},
+            "update": self.update,
+            "env_steps": self.env_steps,
+            "transitions_checked": self.transitions_checked,
+            "seconds": self.seconds,
+            "actor": copy.deepcopy(self.actor.state_dict()),
+            "critic": copy.deepcopy(self.critic.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if self.args.cuda else None,
+            },
+        }
+
+    def complete_update(self) -> None:
+        self.update += 1
+        self.env_steps += self.args.num_steps * self.sessions[0].num_envs
+        self.snapshot = self.state()
+        if sys.stdout.isatty() and time.perf_counter() - self.last_line > 0.1:
+            self.print_line()
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.add_row(float(returns.mean()))
+        self.save()
+        self.print_line()
+
+    def add_row(self, greedy_return: float) -> None:
+        """A row of the log: the greedy return now, and means of what happened since the row before."""
+        row = {"avg_return": greedy_return, "env_steps": self.env_steps}
+        row["sampled_return"] = float(np.mean(self.sampled_returns)) if self.sampled_returns else math.nan
+        for name in ("approx_kl", "clip_fraction", "entropy", "policy_loss", "value_loss"):
+            values = [info[name] for info in self.losses]
+            row[name] = float(torch.stack(values).mean()) if values else math.nan
+        variances = self.explained_variances
+        row["explained_variance"] = float(torch.stack(variances).mean()) if variances else math.nan
+        self.steps.append(self.update)
+        for name in SERIES:
+            self.history[name].append(row[name])
+        self.sampled_returns, self.losses, self.explained_variances = [], [], []
+
+    @contextlib.contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run, a fault or Ctrl-C: keep everything up to the last completed update."""
+        try:
+            yield
+        except BaseException as error:
+            self.violations += isinstance(error, ContractViolation)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits until all is saved
+            if self.steps and self.steps[-1] < self.update:
+                self.add_row(math.nan)  # there was no evaluation
+            self.save()
+            self.end_line()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            raise
+
+    def save(self) -> None:
+        """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
+        replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
+        replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
+        buffer = io.BytesIO()
+        torch.save({**self.snapshot, "steps": self.steps, "history": self.history}, buffer)
+        replace_file(self.args.checkpoint, buffer.getvalue())
+
+    def train_log(self) -> dict[str, Any]:
+        """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
+        notes = {key: value for key, value in asdict(self.args).items()}
+        versions = {"torch": torch.__version__, **self.sessions[0].versions}
+        notes |= {f"version_{name}": version for name, version in versions.items()}
+        notes |= {"device": "cuda" if self.args.cuda else "cpu", "environment_steps": self.env_steps}
+        notes |= {"transitions_checked": self.transitions_checked, "violations": self.violations}
+        if self.final_returns is not None:
+            notes |= {"solved": self.solved, "final_return_mean": self.final_returns.mean()}
+            notes |= {"final_return_std": self.final_returns.std()}
+        notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.env_steps / self.seconds:.0f}"}
+        return {
+            "title": f"PPO on {self.args.env_id}, seed {self.args.seed}",
+            "steps": self.steps,
+            "series": [
+                {"name": name, "values": [json_number(value) for value in self.history[name]], "color": color}
+                for name, color in SERIES.items()
+            ],
+            "notes": [f"{key}={value}" for key, value in notes.items()],
+        }
+
+    def print_line(self) -> None:
+        """One line, rewritten in place on a terminal, else a new one for each evaluation."""
+        self.last_line = time.perf_counter()
+        left = self.seconds / max(self.update, 1) * (self.args.updates - self.update)
+        kl, entropy = (
+            float(self.losses[-1][k]) if self.losses else self.history[k][-1] for k in ("approx_kl", "entropy")
+        )
+        sampled = np.mean(self.sampled_returns) if self.sampled_returns else self.history["sampled_return"][-1]
+        line = (
+            f"update {self.update}/{self.args.updates}  {self.env_steps:,} steps  {self.env_steps / self.seconds:,.0f}/s  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left  sampled {sampled:.1f}  greedy {self.greedy_return:.1f}  "
+            f"KL {kl:.3f}  entropy {entropy:.2f}  {sparkline(self.history['avg_return'])}"
+        )
+        if sys.stdout.isatty():
+            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def end_line(self) -> None:
+        if sys.stdout.isatty():
+            print()
+
+    def finish(self) -> None:
+        """The last line: solved or not, over 100 fresh episodes, at what cost, and where to find it."""
+        assert self.final_returns is not None
+        self.save()
+        self.end_line()
+        verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
+        files = [self.args.log, self.args.log.with_suffix(".svg"), self.args.checkpoint]
+        print(
+            f"{verdict}: {self.args.env_id}, greedy return {self.final_returns.mean():.1f} +- {self.final_returns.std():.1f} "
+            f"over {len(self.final_returns)} fresh episodes, after {self.env_steps:,} environment steps and "
+            f"{self.seconds:.1f} s, {self.transitions_checked:,} transitions checked; see {', '.join(map(str, files))}"
+        )
+
+
+def json_number(value: float) -> float | str:
+    """Strict JSON has no word for the non-finite ones: NaN, Infinity, -Infinity travel as strings."""
+    return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput if there cannot be a file at ``path``."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds.  ``weights_only``: a stranger's file is data, and runs no code.  Raises BadInput."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"there is no checkpoint {path}: train first, or name one with --checkpoint") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).name:
+        raise BadInput(f"{path} is not a checkpoint of {Path(__file__).name}")
+    return state
+
+
+def sparkline(values: list[float]) -> str:
+    """The last 20 values as a row of little bars."""
+    shown = [value for value in values if math.isfinite(value)][-20:]
+    low, high = min(shown, default=0), max(shown, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low)) if high > low else 0] for value in shown)
+
+
+def learning_curve(run: Run) -> str:
+    """The greedy and the sampled return over environment steps, as SVG."""
+    left, top, width, height = 70, 56, 620, 300
+    steps, greedy, sampled = (run.history[name] for name in ("env_steps", "avg_return", "sampled_return"))
+    threshold = run.solved_return
+    shown = [value for value in [*greedy, *sampled, threshold] if math.isfinite(value)] or [0.0]
+    y_step = nice_step(max(shown) - min(min(shown), 0))
+    low, high = math.floor(min(min(shown), 0) / y_step) * y_step, math.ceil(max(max(shown), 1e-9) / y_step) * y_step
+    x_step = nice_step(max(steps[-1] if steps else 1, 1))
+    x_high = max(steps[-1] if steps else 1, 1)
+
+    def x(value: float) -> float:
+        return left + width * value / x_high
+
+    def y(value: float) -> float:
+        return top + height * (high - value) / (high - low)
+
+    def text(x: float, y: float, content: str, style: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{content}</text>'
+
+    parts = []
+    for k in range(round((high - low) / y_step) + 1):
+        value = low + k * y_step
+        parts.append(f'<path d="M{left} {y(value):.1f}h{width}" stroke="#e6e6e6"/>')
+        parts.append(text(left - 8, y(value) + 4, f"{value:,g}", 'text-anchor="end"'))
+    for k in range(math.floor(x_high / x_step) + 1):
+        parts.append(text(x(k * x_step), top + height + 20, f"{k * x_step:,.0f}", 'text-anchor="middle"'))
+    if math.isfinite(threshold):
+        parts.append(f'<path d="M{left} {y(threshold):.1f}h{width}" stroke="#777" stroke-dasharray="5 4"/>')
+        parts.append(text(left + 6, y(threshold) - 6, f"solved: {threshold:g}", 'fill="#777"'))
+    for name, values, label in (("sampled_return", sampled, "sampled"), ("avg_return", greedy, "greedy")):
+        points = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+        color = SERIES[name]
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="2"/>')
+        row = top + height - (34 if name == "avg_return" else 14)
+        parts.append(f'<path d="M{left + width - 92} {row - 4}h22" stroke="{color}" stroke-width="2"/>')
+        parts.append(text(left + width - 64, row, label))
+    title = f"PPO on {run.args.env_id}, seed {run.args.seed}"
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="sans-serif" font-size="13" fill="#333">
+<rect width="720" height="420" fill="#fff"/>
+{text(left, 32, title, 'font-size="17" font-weight="bold"')}
+{chr(10).join(parts)}
+<path d="M{left} {top}v{height}h{width}" fill="none" stroke="#333"/>
+{text(left + width / 2, top + height + 44, "environment steps", 'text-anchor="middle"')}
+{text(-top - height / 2, 18, "return per episode", 'text-anchor="middle" transform="rotate(-90)"')}
+</svg>
+"""
+
+
+def nice_step(span: float) -> float:
+    """A distance between ticks, 1, 2 or 5 times a power of ten, that puts about five of them on an axis."""
+    power = 10 ** math.floor(math.log10(span / 5))
+    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 6)
+
+
+def watch(args: Args) -> None:
+    """Play greedy episodes of a checkpoint in a window."""
+    state = load_checkpoint(args.checkpoint)
+    command = shlex.split(args.server_command) if args.server_command else None
+    make_kwargs = {**(MAKE_KWARGS if args.env_id == ENV_ID else {}), "render_mode": "human"}
+    contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, None, command)
+    actor = Actor(contract.obs_shape, contract.n_actions)
+    try:
+        actor.load_state_dict(state["actor"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {error}") from None
+    with GymnasiumSession(args.env_id, contract, make_kwargs=make_kwargs, server_command=command) as session:
+        for episode in range(args.eval_episodes):
+            (episode_return,) = evaluate(session, actor, 1, args.seed + episode, args.eval_max_steps)
+            print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    try:
+        if args.cuda and not torch.cuda.is_available():
+            raise BadInput("--cuda: torch sees no CUDA device here; leave the flag out")
+        if args.resume or args.watch:  # a flag that is not given is what it was
+            stored = load_checkpoint(args.checkpoint)["args"]
+            paths = {"log": Path(stored["log"]), "checkpoint": args.checkpoint}
+            args = tyro.cli(Args, default=Args(**{**stored, **paths, "resume": args.resume, "watch": args.watch}))
+        if args.watch:
+            watch(args)
+        else:
+            check_writable(args.log)
+            check_writable(args.checkpoint)
+            train(args, *EARLY)
+    except KeyboardInterrupt:
+        stop("interrupted; everything up to the last completed update is saved", 130)
+    except BadInput as error:
+        stop(error, 2)
+    except (BridgeError, ContractViolation) as error:
+        stop(error, 2 if error.stage == "start" or args.watch else 1)
+
+
+if __name__ == "__main__":
+    main()
