@@ -35,7 +35,6 @@ import argparse
 import base64
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
@@ -50,7 +49,8 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -58,6 +58,7 @@ import numpy as np
 
 A = TypeVar("A")
 R = TypeVar("R")
+Array = np.ndarray[Any, Any]
 
 PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: a slow import or level load fits in, a hang is noticed within a coffee sip
@@ -156,56 +157,65 @@ class Contract:
     check_obs_finite: bool = True
     check_reward_finite: bool = True
     require_exclusive_done_flags: bool = False
-    # Worked out from the above.  A pair of bounds is None where nothing is to be checked.
-    _dtype: np.dtype[Any] = field(init=False, repr=False, compare=False)
-    _obs_range: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
-    _obs_bounds: tuple[np.ndarray, np.ndarray] | None = field(init=False, repr=False, compare=False)
-    _reward_bounds: tuple[float, float] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shape = tuple(self.obs_shape)
-        if not all(_is_int(size) and size > 0 for size in shape):
-            raise ValueError(f"obs_shape must hold positive integers, not {_show(self.obs_shape)}")
+        if not shape or not all(_is_int(size) and size > 0 for size in shape):
+            raise ValueError(f"obs_shape must be one or more positive integers, not {_show(self.obs_shape)}")
         if not _is_int(self.n_actions) or self.n_actions < 1:
             raise ValueError(f"n_actions must be a positive integer, not {_show(self.n_actions)}")
         try:
-            dtype = np.dtype(self.obs_dtype).newbyteorder("=")
+            dtype = np.dtype(self.obs_dtype)
         except TypeError:
             raise ValueError(f"obs_dtype must name a numpy dtype, not {_show(self.obs_dtype)}") from None
         if dtype.kind not in "fiu":
             raise ValueError(f"obs_dtype must be a float or integer dtype, not {dtype.name}")
         if math.prod(shape) * dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
-        low, high = _range("obs_range", self.obs_range, shape)
-        reward_low, reward_high = _range("reward_range", self.reward_range, ())
-        # Range and finiteness are one comparison per bound: with the bounds pulled in to the largest finite values, an
-        # infinity is out of range, and NaN fails every comparison (hence >= and <=, never < and >).
-        if dtype.kind == "f":
-            limits = np.finfo(dtype)
+        object.__setattr__(self, "obs_shape", shape)  # how a frozen dataclass puts its fields into one form
+        object.__setattr__(self, "obs_dtype", dtype.name)
+        _limits("reward_range", self.reward_range, ())
+        if self.obs_range is not None:
+            object.__setattr__(self, "obs_range", tuple(bound.tolist() for bound in self._obs_range))
+
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.obs_dtype)
+
+    @cached_property
+    def _obs_range(self) -> tuple[Array, Array]:
+        """The bounds of every element, unbounded where nothing is demanded; compared in the observation's dtype."""
+        low, high = _limits("obs_range", self.obs_range, self.obs_shape)
+        if self._dtype.kind == "f":
             with np.errstate(over="ignore"):
-                low, high = low.astype(dtype), high.astype(dtype)
-            bounds = (low.clip(limits.min), high.clip(None, limits.max)) if self.check_obs_finite else (low, high)
-            checked = self.check_obs_finite or self.obs_range is not None
-        else:
-            smallest, largest = np.iinfo(dtype).min, np.iinfo(dtype).max
-            checked = bool((low > smallest).any() or (high < largest).any())
-            low, high = np.ceil(low.clip(smallest)), np.floor(high.clip(None, largest))
-            if dtype.itemsize < 8:  # float64 holds these exactly; wider integers are compared as float64
-                low, high = low.astype(dtype), high.astype(dtype)
-            bounds = low, high
+                return low.astype(self._dtype), high.astype(self._dtype)
+        smallest, largest = np.iinfo(self._dtype).min, np.iinfo(self._dtype).max
+        low, high = np.ceil(low.clip(smallest)), np.floor(high.clip(None, largest))
+        if self._dtype.itemsize == 8:  # a float64 cannot hold every such integer, but it can be compared with one
+            return low, high
+        return low.astype(self._dtype), high.astype(self._dtype)
+
+    # What the two comparisons of each check are made with; None where there is nothing to check.  Range and finiteness
+    # are one question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN
+    # fails every comparison (hence >= and <= below, never < and >).
+
+    @cached_property
+    def _obs_bounds(self) -> tuple[Array, Array] | None:
+        low, high = self._obs_range
+        if self._dtype.kind == "f":
+            if not self.check_obs_finite:
+                return None if self.obs_range is None else (low, high)
+            return low.clip(np.finfo(self._dtype).min), high.clip(None, np.finfo(self._dtype).max)
+        everything = bool((low <= np.iinfo(self._dtype).min).all() and (high >= np.iinfo(self._dtype).max).all())
+        return None if everything else (low, high)
+
+    @cached_property
+    def _reward_bounds(self) -> tuple[float, float] | None:
+        if not self.check_reward_finite and self.reward_range is None:
+            return None
+        low, high = self.reward_range or (-math.inf, math.inf)
         most = sys.float_info.max if self.check_reward_finite else math.inf
-        reward_bounds = max(float(reward_low), -most), min(float(reward_high), most)
-        worked_out = {
-            "obs_shape": shape,
-            "obs_dtype": dtype.name,
-            "obs_range": None if self.obs_range is None else (low.tolist(), high.tolist()),
-            "_dtype": dtype,
-            "_obs_range": (low, high),
-            "_obs_bounds": bounds if checked else None,
-            "_reward_bounds": reward_bounds if self.check_reward_finite or self.reward_range is not None else None,
-        }
-        for name, value in worked_out.items():
-            object.__setattr__(self, name, value)  # how a frozen dataclass is given its fields
+        return max(float(low), -most), min(float(high), most)
 
     @classmethod
     def from_env(
@@ -227,7 +237,7 @@ class Contract:
 
     # Exact types: these turn what an environment returned, or what JSON brought, into arrays, or refuse it.
 
-    def _observation(self, raw: object, env: int) -> np.ndarray:
+    def _observation(self, raw: object, env: int) -> Array:
         """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with ``raw``."""
         if isinstance(raw, np.ndarray):
             array = raw
@@ -237,35 +247,29 @@ class Contract:
             raise ContractViolation("obs_type", "a numpy array", _show(raw), env)
         if array.shape != self.obs_shape:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
-        dtype = self._dtype
-        if array.dtype == dtype:
+        if array.dtype == self._dtype:
             return array
-        if not np.can_cast(array.dtype, dtype, "same_kind") and not (array.dtype.kind in "iu" and dtype.kind in "iu"):
-            raise ContractViolation("obs_dtype", dtype.name, f"{array.dtype.name} {_show(array.tolist())}", env)
+        # Another width is welcome where the values fit (many environments compute in float64), another kind is not.
+        if array.dtype.kind not in ("fiu" if self._dtype.kind == "f" else "iu"):
+            raise ContractViolation("obs_dtype", self.obs_dtype, f"{array.dtype.name} {_show(array.tolist())}", env)
         with np.errstate(over="ignore"):
-            cast = array.astype(dtype)
-        fits = (np.isfinite(cast) | ~np.isfinite(array)) if dtype.kind == "f" else cast == array
+            cast = array.astype(self._dtype)
+        fits = (np.isfinite(cast) | ~np.isfinite(array)) if self._dtype.kind == "f" else cast == array
         if not fits.all():
-            raise ContractViolation("obs_dtype", f"values that fit {dtype.name}", _first(array, ~fits), env)
+            index = tuple(np.argwhere(~fits)[0].tolist())
+            raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", str(array[index]), env)
         return cast
 
-    def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> np.ndarray:
-        dtype = self._dtype
-        numbers = list(self._flatten(raw, self.obs_shape, env))
-        allowed = (int, float) if dtype.kind == "f" else (int,)
+    def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> Array:
+        numbers: list[Any] = list(self._flatten(raw, self.obs_shape, env))
+        allowed = (int, float) if self._dtype.kind == "f" else (int,)
+        limits = np.finfo(self._dtype) if self._dtype.kind == "f" else np.iinfo(self._dtype)
         for number in numbers:
-            if type(number) not in allowed:
-                rule = "obs_dtype" if type(number) is float else "obs_type"
-                raise ContractViolation(rule, f"numbers that fit {dtype.name}", _show(number), env)
-        try:
-            array = np.array(numbers, np.float64 if dtype.kind == "f" else dtype).reshape(self.obs_shape)
-        except OverflowError:
-            raise ContractViolation("obs_dtype", f"values that fit {dtype.name}", _show(numbers), env) from None
-        if dtype.kind == "f" and not np.isfinite(array).all():  # 1e999 is good JSON
-            raise ContractViolation(
-                "obs_dtype", f"values that fit {dtype.name}", _first(array, ~np.isfinite(array)), env
-            )
-        return array
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise ContractViolation("obs_type", "numbers", _show(number), env)
+            if type(number) not in allowed or not limits.min <= number <= limits.max:  # 1e999 is good JSON
+                raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", _show(number), env)
+        return np.array(numbers, self._dtype).reshape(self.obs_shape)
 
     def _flatten(self, raw: object, shape: tuple[int, ...], env: int) -> Iterator[object]:
         if not shape:
@@ -277,7 +281,7 @@ class Contract:
             raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
 
     @staticmethod
-    def _rewards(raw: Sequence[object]) -> np.ndarray:
+    def _rewards(raw: Sequence[object]) -> Array:
         for env, reward in enumerate(raw):
             if type(reward) is not float and (
                 isinstance(reward, bool) or not isinstance(reward, (int, float, np.integer, np.floating))
@@ -285,11 +289,11 @@ class Contract:
                 raise ContractViolation("reward_type", "a number", _show(reward), env)
         try:
             return np.array(raw, np.float64)
-        except OverflowError:
+        except OverflowError:  # an integer of hundreds of digits
             raise ContractViolation("reward_finite", "finite rewards", _show(raw)) from None
 
     @staticmethod
-    def _flags(name: str, raw: Sequence[object], first_env: int = 0) -> np.ndarray:
+    def _flags(name: str, raw: Sequence[object], first_env: int = 0) -> Array:
         for env, flag in enumerate(raw):
             if type(flag) is not bool and not isinstance(flag, np.bool_):
                 raise ContractViolation("done_type", f"a boolean for {name}", _show(flag), first_env + env)
@@ -297,7 +301,7 @@ class Contract:
 
     # Values: these look at whole batches of exact type.  Each is two comparisons where all is well.
 
-    def _check_observations(self, observations: np.ndarray, envs: Sequence[int] | None = None) -> None:
+    def _check_observations(self, observations: Array, envs: Sequence[int] | None = None) -> None:
         """(n, *obs_shape), row k of environment ``envs[k]`` (default: k)."""
         bounds = self._obs_bounds
         if bounds is None:
@@ -312,7 +316,7 @@ class Contract:
             low, high = (bound[index[1:]] for bound in self._obs_range)
             raise ContractViolation("obs_range", f"{element} in [{low}, {high}]", str(value), env)
 
-    def _check_rewards(self, rewards: np.ndarray) -> None:
+    def _check_rewards(self, rewards: Array) -> None:
         bounds = self._reward_bounds
         if bounds is None:
             return
@@ -323,12 +327,12 @@ class Contract:
                 raise ContractViolation("reward_finite", "a finite reward", str(rewards[env]), env)
             raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(rewards[env]), env)
 
-    def _check_actions(self, actions: Any, num_envs: int) -> np.ndarray:
+    def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
-        if not isinstance(actions, np.ndarray):
-            if not all(_is_int(action) or isinstance(action, np.integer) for action in actions):
-                raise ContractViolation("action_type", "integers", _show(actions))
-            actions = np.array(actions)
+        listed = actions if isinstance(actions, (list, tuple)) else ()
+        if not all(_is_int(action) or isinstance(action, np.integer) for action in listed):
+            raise ContractViolation("action_type", "integers", _show(actions))
+        actions = np.asarray(actions)
         if actions.shape != (num_envs,):
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
@@ -344,12 +348,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _first(array: np.ndarray, bad: np.ndarray) -> str:
-    index = tuple(np.argwhere(bad)[0].tolist())
-    return f"{array[index]} at index {list(index)}"
-
-
-def _range(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """(low, high) as float64 arrays of ``shape``; without limits, infinities."""
     low, high = limits if limits is not None else (-np.inf, np.inf)
     try:
@@ -365,15 +364,15 @@ def _range(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) ->
 class Transition:
     """One checked step of N environments.  Arrays of its own: nothing overwrites them later."""
 
-    observation: np.ndarray  # (N, *obs_shape) obs_dtype, what the actions were chosen from
-    action: np.ndarray  # (N,) int64
-    reward: np.ndarray  # (N,) float64
-    next_observation: np.ndarray  # (N, *obs_shape) obs_dtype, what the actions led to, before any auto-reset
-    terminated: np.ndarray  # (N,) bool, the episode ended by the rules of the task
-    truncated: np.ndarray  # (N,) bool, the episode was cut short from outside (a time limit)
+    observation: Array  # (N, *obs_shape) obs_dtype, what the actions were chosen from
+    action: Array  # (N,) int64
+    reward: Array  # (N,) float64
+    next_observation: Array  # (N, *obs_shape) obs_dtype, what the actions led to, before any auto-reset
+    terminated: Array  # (N,) bool, the episode ended by the rules of the task
+    truncated: Array  # (N,) bool, the episode was cut short from outside (a time limit)
 
     @property
-    def done(self) -> np.ndarray:
+    def done(self) -> Array:
         """(N,) bool: the episode is over, for whichever reason."""
         return self.terminated | self.truncated
 
@@ -384,11 +383,11 @@ class Transition:
 class _Batch(NamedTuple):
     """One step of n environments, exact in type and shape, its values not yet checked."""
 
-    next_obs: np.ndarray  # (n, *obs_shape)
-    reward: np.ndarray  # (n,) float64
-    terminated: np.ndarray  # (n,) bool
-    truncated: np.ndarray  # (n,) bool
-    reset_obs: dict[int, np.ndarray]  # environment -> (*obs_shape), for those that finished
+    next_obs: Array  # (n, *obs_shape)
+    reward: Array  # (n,) float64
+    terminated: Array  # (n,) bool
+    truncated: Array  # (n,) bool
+    reset_obs: dict[int, Array]  # environment -> (*obs_shape), for those that finished
 
 
 class CheckedSession(ABC):
@@ -405,22 +404,22 @@ class CheckedSession(ABC):
         self.num_envs, self.contract = num_envs, contract
         self.transitions_checked = 0
         self.versions: dict[str, str] = {}
-        self._observation: np.ndarray | None = None
+        self._observation: Array | None = None
         self._steps = 0
         self._dead: str | None = None
 
     @property
-    def observation(self) -> np.ndarray:
+    def observation(self) -> Array:
         """(N, *obs_shape): what the next actions are to be chosen from."""
         if self._observation is None:
             raise BridgeError("there is no observation before reset()")
         return self._observation
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
+    def reset(self, seed: int | None = None) -> Array:
         """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns (N, *obs_shape)."""
         return self._guard("reset", self._checked_reset, seed)
 
-    def step(self, actions: Sequence[int] | np.ndarray) -> Transition:
+    def step(self, actions: Sequence[int] | Array) -> Transition:
         """Take ``actions`` (N,), one per environment; finished environments begin a new episode."""
         return self._guard("step", self._checked_step, actions)
 
@@ -441,10 +440,10 @@ class CheckedSession(ABC):
         """A second session over environments of the same kind, before its first reset (for evaluation, say)."""
 
     @abstractmethod
-    def _reset(self, seed: int | None) -> np.ndarray: ...
+    def _reset(self, seed: int | None) -> Array: ...
 
     @abstractmethod
-    def _step(self, actions: np.ndarray) -> _Batch: ...
+    def _step(self, actions: Array) -> _Batch: ...
 
     @abstractmethod
     def _close(self, polite: bool) -> None: ...
@@ -463,13 +462,13 @@ class CheckedSession(ABC):
             if isinstance(error, SessionFailure):
                 error.stage = error.stage or stage
                 error.step = self._steps + 1 if stage == "step" else None
-                error.server = error.server or self._report(error.env)
+                error.server = self._report(error.env) if error.server is None else error.server
             self._dead = f"{type(error).__name__}: {error}"
             self._observation = None
             self._close(polite=False)
             raise
 
-    def _checked_reset(self, seed: int | None) -> np.ndarray:
+    def _checked_reset(self, seed: int | None) -> Array:
         if seed is not None and not (_is_int(seed) and seed >= 0):
             raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
         observation = self._reset(seed)
@@ -477,7 +476,7 @@ class CheckedSession(ABC):
         self._observation = observation
         return observation
 
-    def _checked_step(self, actions: Sequence[int] | np.ndarray) -> Transition:
+    def _checked_step(self, actions: Sequence[int] | Array) -> Transition:
         if self._observation is None:
             raise BridgeError("step() before reset()")
         contract = self.contract
@@ -539,8 +538,8 @@ class GymnasiumSession(CheckedSession):
         self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
         self._timeout = timeout
         self._connected = False
-        self._decode_reset = functools.partial(_decode_reset, contract)
-        self._decode_step = functools.partial(_decode_step, contract)
+        self._decode_reset = partial(_decode_reset, contract)
+        self._decode_step = partial(_decode_step, contract)
         self._servers: list[_Server] = []
         self._guard("start", self._spawn, None)
         if wait:
@@ -567,7 +566,7 @@ class GymnasiumSession(CheckedSession):
                 raise complaint
         self._connected = True
 
-    def _reset(self, seed: int | None) -> np.ndarray:
+    def _reset(self, seed: int | None) -> Array:
         if not self._connected:
             self._connect(None)
         deadline = time.monotonic() + self._timeout
@@ -576,7 +575,7 @@ class GymnasiumSession(CheckedSession):
             server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
         return np.concatenate([server.receive(self._decode_reset, deadline) for server in self._servers])
 
-    def _step(self, actions: np.ndarray) -> _Batch:
+    def _step(self, actions: Array) -> _Batch:
         deadline = time.monotonic() + self._timeout
         for server in self._servers:
             own = actions[server.first_env : server.first_env + server.num_envs]
@@ -616,10 +615,10 @@ class NativeSession(CheckedSession):
         sources = [self._envs[i % self.num_envs] for i in range(num_envs)]
         return NativeSession([copy.deepcopy(env) for env in sources], self.contract)
 
-    def _reset(self, seed: int | None) -> np.ndarray:
+    def _reset(self, seed: int | None) -> Array:
         return self._environments.reset(seed)
 
-    def _step(self, actions: np.ndarray) -> _Batch:
+    def _step(self, actions: Array) -> _Batch:
         return self._environments.step(actions.tolist())
 
     def _close(self, polite: bool) -> None:
@@ -635,7 +634,7 @@ class _Environments:
     def __init__(self, envs: list[Any], contract: Contract) -> None:
         self.envs, self.contract = envs, contract
 
-    def reset(self, seed: int | None) -> np.ndarray:
+    def reset(self, seed: int | None) -> Array:
         return np.stack([self._first(env, None if seed is None else seed + env) for env in range(len(self.envs))])
 
     def step(self, actions: list[int]) -> _Batch:
@@ -668,7 +667,7 @@ class _Environments:
             except Exception:  # close() must end everything, and an environment may raise anything, or have no close
                 continue
 
-    def _first(self, env: int, seed: int | None) -> np.ndarray:
+    def _first(self, env: int, seed: int | None) -> Array:
         try:
             result = self.envs[env].reset(seed=seed)
         except Exception as error:
@@ -734,7 +733,7 @@ class _Server:
             return decode(self._reply(deadline), self.num_envs)
         except SessionFailure as failure:  # until here, environments were counted from this server's first
             failure.env = None if failure.env is None else failure.env + self.first_env
-            failure.server = failure.server or self.report()
+            failure.server = self.report() if failure.server is None else failure.server
             raise
 
     def describe(self) -> tuple[Contract, dict[str, str]]:
@@ -753,7 +752,7 @@ class _Server:
             self._wait_for_exit(0.3)
         code = self.process.poll()
         if code is None:
-            state = "running until now"
+            state = "was running"
         elif code >= 0:
             state = f"exit code {code}"
         else:
@@ -889,7 +888,10 @@ def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
         raise BridgeError(f"a malformed error reply: {_show(reply)}")
     if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
         raise ContractViolation(reply["rule"], reply["expected"], reply["got"], env)
-    raise BridgeError(reply["error"] + ("\n" + reply["traceback"].rstrip() if "traceback" in reply else ""), env)
+    failure = BridgeError("\n".join([reply["error"], reply.get("traceback", "").rstrip()]).rstrip(), env)
+    if "traceback" not in reply:
+        failure.server = ""  # the server is well: what was asked of it cannot be
+    raise failure
 
 
 def _decode_describe(reply: dict[str, Any], env_id: str, num_envs: int) -> tuple[Contract, dict[str, str]]:
@@ -914,7 +916,7 @@ def _decode_describe(reply: dict[str, Any], env_id: str, num_envs: int) -> tuple
         raise ContractViolation("declared_space", f"spaces that can be ({error})", _show(declared)) from None
 
 
-def _unbound(contract: Contract, raw: object, fill: float) -> np.ndarray:
+def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
     numbers = [fill if number is None else number for number in contract._flatten(raw, contract.obs_shape, 0)]
     if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
@@ -936,7 +938,7 @@ def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
     return None if same else ContractViolation("declared_space", spaces(demanded), spaces(declared))
 
 
-def _decode_reset(contract: Contract, reply: dict[str, Any], num_envs: int) -> np.ndarray:
+def _decode_reset(contract: Contract, reply: dict[str, Any], num_envs: int) -> Array:
     _keys(reply, {"obs"})
     return _decode_observations(reply["obs"], num_envs, contract)
 
@@ -962,7 +964,7 @@ def _decode_step(contract: Contract, reply: dict[str, Any], num_envs: int) -> _B
     return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
 
-def _decode_observations(raw: object, num_envs: int, contract: Contract, first_env: int = 0) -> np.ndarray:
+def _decode_observations(raw: object, num_envs: int, contract: Contract, first_env: int = 0) -> Array:
     """(num_envs, *obs_shape) from base64, or from nested lists (a server that speaks no base64 is understood)."""
     if type(raw) is str:
         try:
@@ -1059,7 +1061,7 @@ def _answer(request: Any, environments: _Environments, about: dict[str, Any]) ->
     }
 
 
-def _encode(observations: np.ndarray, encoding: str) -> Any:
+def _encode(observations: Array, encoding: str) -> Any:
     if encoding == "base64":
         little = observations.astype(observations.dtype.newbyteorder("<"), copy=False)
         return base64.b64encode(little.tobytes()).decode()
@@ -1075,7 +1077,10 @@ def _error(error: Exception) -> dict[str, Any]:
         reply["env"] = error.env
     if isinstance(error, ContractViolation):
         return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
-    return {**reply, "traceback": "".join(traceback.format_exception(error.__cause__ or error))}
+    cause = error.__cause__ or error
+    if type(cause).__name__ == "DependencyNotInstalled":  # Gymnasium's own message says what to install
+        return reply
+    return {**reply, "traceback": "".join(traceback.format_exception(cause))}
 
 
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], wire_in: int, wire_out: int) -> None:

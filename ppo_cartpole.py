@@ -13,7 +13,8 @@ sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message
 
 References
     [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-    [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+    [2] Schulman et al. 2015, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
+        arXiv:1506.02438
     [3] Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
     [4] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE), Machine Learning 8
 
@@ -31,7 +32,8 @@ Legend, used in shape comments
 from __future__ import annotations
 
 import contextlib
-import copy
+import html
+import inspect
 import io
 import json
 import math
@@ -170,23 +172,41 @@ def open_session(args: Args) -> GymnasiumSession:
     )
 
 
+class BadInput(ValueError):
+    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput if there cannot be a file at ``path``: better said now than after an hour of training."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+
+
 def stop(message: object, code: int) -> NoReturn:
     """End the program with one message to the person who started it."""
     print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is imported.
+# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is being imported.
 STARTED = time.perf_counter()
 EARLY: list[CheckedSession] = []
 if __name__ == "__main__":
     early_args = tyro.cli(Args)
     if not (early_args.resume or early_args.watch):
         try:
+            check_writable(early_args.log)
+            check_writable(early_args.checkpoint)
             EARLY.append(open_session(early_args))
-        except (BridgeError, ContractViolation) as error:
+            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
+        except (BadInput, BridgeError, ContractViolation) as error:
             stop(error, 2)
-        EARLY.append(EARLY[0].twin(early_args.eval_episodes))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -203,8 +223,7 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    flatten = nn.Flatten(start_dim=-len(obs_shape)) if obs_shape else nn.Identity()
-    return nn.Sequential(flatten, layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    return nn.Sequential(nn.Flatten(start_dim=-len(obs_shape)), layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class Actor(nn.Module):
@@ -218,7 +237,8 @@ class Actor(nn.Module):
         self.net = mlp(obs_shape, n_actions, last_gain=0.01)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self.net(observations.float())  # (..., *D) -> (..., A)
+        logits: Tensor = self.net(observations.float())  # (..., *D) -> (..., A)
+        return logits
 
 
 class Critic(nn.Module):
@@ -229,7 +249,8 @@ class Critic(nn.Module):
         self.net = mlp(obs_shape, 1, last_gain=1.0)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self.net(observations.float()).squeeze(-1)  # (..., *D) -> (...)
+        values: Tensor = self.net(observations.float()).squeeze(-1)  # (..., *D) -> (...)
+        return values
 
 
 # -------------------------------------------------------------------------------------------------- the checked rollout
@@ -419,7 +440,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
     (default: a twin of the session).  Both are closed at the end.
-    Raises ContractViolation, BridgeError, OSError (a place that cannot be written), ValueError (a bad checkpoint).
+    Raises ContractViolation, BridgeError, BadInput (a bad checkpoint), OSError (the disk is full).
     """
     device = torch.device("cuda" if args.cuda else "cpu")
     run = Run(args)
@@ -432,8 +453,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(contract.obs_shape, contract.n_actions).to(device)
         critic = Critic(contract.obs_shape).to(device)
         parameters = [*actor.parameters(), *critic.parameters()]
-        # eps: Adam divides by sqrt(v) + eps, and torch's 1e-8 lets rare gradients take giant steps ([3], detail 3).
-        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+        optimizer = Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # eps: [3], detail 3
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
@@ -506,6 +526,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if run.greedy_return >= run.solved_return or run.update == args.updates:
                     seed = run.episode_seed("final evaluation")
                     run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
+        if run.final_returns is None:  # --resume found all updates done
+            run.final_returns = evaluate(
+                eval_session, actor, 100, run.episode_seed("final evaluation"), args.eval_max_steps
+            )
         run.finish()
     return run
 
@@ -527,8 +551,14 @@ SERIES = {  # of the log: name, colour
 }
 
 
-class BadInput(ValueError):
-    """A file or a device that the person named and that cannot be used: said in one line, exit code 2."""
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam without its decorators for torch.compile: importing that takes a second, as long as learning."""
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
 
 
 class Run:
@@ -540,6 +570,7 @@ class Run:
 
     def __init__(self, args: Args) -> None:
         self.args = args
+        self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
         self.steps: list[int] = []
         self.history: dict[str, list[float]] = {name: [] for name in SERIES}
@@ -547,7 +578,7 @@ class Run:
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
-        self.seconds_before = self.checked_before = 0.0  # of the runs that this one resumes
+        self.seconds_before, self.checked_before = 0.0, 0  # by the runs that this one resumes
         self.sampled_returns: list[float] = []  # this and the following: since the last row of the log
         self.losses: list[dict[str, Tensor]] = []
         self.explained_variances: list[Tensor] = []
@@ -563,7 +594,11 @@ class Run:
 
     @property
     def transitions_checked(self) -> int:
-        return int(self.checked_before) + sum(session.transitions_checked for session in self.sessions)
+        return self.checked_before + sum(session.transitions_checked for session in self.sessions)
+
+    @property
+    def files(self) -> str:
+        return f"{self.args.log}, {self.args.log.with_suffix('.svg')}, {self.args.checkpoint}"
 
     @property
     def seconds(self) -> float:
@@ -572,10 +607,12 @@ class Run:
     def episode_seed(self, purpose: str) -> int:
         """For the environments: runs, and training and evaluations within a run, share no episode."""
         number = ("training", "evaluation", "final evaluation").index(purpose)
-        return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0])
+        return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0] >> 1)
 
-    def begin(self, actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, *sessions: CheckedSession):
-        """Make sure that the files can be written; with --resume, go back to where the checkpoint was."""
+    def begin(
+        self, actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, *sessions: CheckedSession
+    ) -> None:
+        """Take note of what is to be saved; with --resume, go back to where the checkpoint was."""
         self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
         if self.args.resume:
             state = load_checkpoint(self.args.checkpoint)
@@ -595,6 +632,7 @@ class Run:
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {error}") from None
         self.snapshot = self.state()
+        self.began, self.began_at = time.perf_counter(), self.update
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
@@ -605,9 +643,9 @@ class Run:
             "env_steps": self.env_steps,
             "transitions_checked": self.transitions_checked,
             "seconds": self.seconds,
-            "actor": copy.deepcopy(self.actor.state_dict()),
-            "critic": copy.deepcopy(self.critic.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "actor": cloned(self.actor.state_dict()),
+            "critic": cloned(self.critic.state_dict()),
+            "optimizer": cloned(self.optimizer.state_dict()),
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if self.args.cuda else None,
@@ -647,12 +685,14 @@ class Run:
             yield
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits until all is saved
-            if self.steps and self.steps[-1] < self.update:
-                self.add_row(math.nan)  # there was no evaluation
-            self.save()
-            self.end_line()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if self.steps:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits until all is saved
+                if self.steps[-1] < self.update:
+                    self.add_row(math.nan)  # there was no evaluation
+                self.save()
+                self.end_line()
+                print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             raise
 
     def save(self) -> None:
@@ -665,7 +705,7 @@ class Run:
 
     def train_log(self) -> dict[str, Any]:
         """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
-        notes = {key: value for key, value in asdict(self.args).items()}
+        notes = asdict(self.args)
         versions = {"torch": torch.__version__, **self.sessions[0].versions}
         notes |= {f"version_{name}": version for name, version in versions.items()}
         notes |= {"device": "cuda" if self.args.cuda else "cpu", "environment_steps": self.env_steps}
@@ -675,7 +715,7 @@ class Run:
             notes |= {"final_return_std": self.final_returns.std()}
         notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.env_steps / self.seconds:.0f}"}
         return {
-            "title": f"PPO on {self.args.env_id}, seed {self.args.seed}",
+            "title": self.title,
             "steps": self.steps,
             "series": [
                 {"name": name, "values": [json_number(value) for value in self.history[name]], "color": color}
@@ -687,16 +727,16 @@ class Run:
     def print_line(self) -> None:
         """One line, rewritten in place on a terminal, else a new one for each evaluation."""
         self.last_line = time.perf_counter()
-        left = self.seconds / max(self.update, 1) * (self.args.updates - self.update)
-        kl, entropy = (
-            float(self.losses[-1][k]) if self.losses else self.history[k][-1] for k in ("approx_kl", "entropy")
-        )
+        seconds = max(time.perf_counter() - self.began, 1e-9) / max(self.update - self.began_at, 1)  # for each update
+        left = seconds * (self.args.updates - self.update) if self.update > self.began_at else math.nan
+        speed = self.args.num_steps * self.sessions[0].num_envs / seconds if self.update > self.began_at else math.nan
+        latest = self.losses[-1] if self.losses else {name: values[-1] for name, values in self.history.items()}
         sampled = np.mean(self.sampled_returns) if self.sampled_returns else self.history["sampled_return"][-1]
         line = (
-            f"update {self.update}/{self.args.updates}  {self.env_steps:,} steps  {self.env_steps / self.seconds:,.0f}/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left  sampled {sampled:.1f}  greedy {self.greedy_return:.1f}  "
-            f"KL {kl:.3f}  entropy {entropy:.2f}  {sparkline(self.history['avg_return'])}"
-        )
+            f"update {self.update}/{self.args.updates}  {self.env_steps:,} steps  {speed:,.0f}/s  {left:.0f} s left"
+            f"  sampled {sampled:.1f}  greedy {self.greedy_return:.1f}  {sparkline(self.history['avg_return'])}"
+            f"  KL {latest['approx_kl']:.3f}  entropy {latest['entropy']:.2f}"
+        ).replace("nan", "-")
         if sys.stdout.isatty():
             print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         else:
@@ -712,12 +752,21 @@ class Run:
         self.save()
         self.end_line()
         verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
-        files = [self.args.log, self.args.log.with_suffix(".svg"), self.args.checkpoint]
+        mean, std, episodes = self.final_returns.mean(), self.final_returns.std(), len(self.final_returns)
         print(
-            f"{verdict}: {self.args.env_id}, greedy return {self.final_returns.mean():.1f} +- {self.final_returns.std():.1f} "
-            f"over {len(self.final_returns)} fresh episodes, after {self.env_steps:,} environment steps and "
-            f"{self.seconds:.1f} s, {self.transitions_checked:,} transitions checked; see {', '.join(map(str, files))}"
+            f"{verdict}: {self.args.env_id}, greedy return {mean:.1f} ± {std:.1f} over {episodes} fresh episodes, after "
+            f"{self.env_steps:,} environment steps and {self.seconds:.1f} s, {self.transitions_checked:,} transitions "
+            f"checked; see {self.files}"
         )
+
+
+def cloned(tree: Any) -> Any:
+    """A state dict with tensors of its own (copy.deepcopy does the same, ten times slower)."""
+    if isinstance(tree, dict):
+        return {key: cloned(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [cloned(value) for value in tree]
+    return tree.clone() if isinstance(tree, Tensor) else tree
 
 
 def json_number(value: float) -> float | str:
@@ -733,18 +782,6 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def check_writable(path: Path) -> None:
-    """Raises BadInput if there cannot be a file at ``path``."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds.  ``weights_only``: a stranger's file is data, and runs no code.  Raises BadInput."""
     try:
@@ -758,6 +795,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def stored_args(args: Args) -> Args:
+    """With --resume and --watch, a flag that is not given is what it was when the checkpoint was written."""
+    try:
+        stored = dict(load_checkpoint(args.checkpoint)["args"])
+        now = {"log": Path(stored["log"]), "checkpoint": args.checkpoint, "resume": args.resume, "watch": args.watch}
+        return Args(**{**stored, **now})
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
+
+
 def sparkline(values: list[float]) -> str:
     """The last 20 values as a row of little bars."""
     shown = [value for value in values if math.isfinite(value)][-20:]
@@ -766,58 +813,55 @@ def sparkline(values: list[float]) -> str:
 
 
 def learning_curve(run: Run) -> str:
-    """The greedy and the sampled return over environment steps, as SVG."""
-    left, top, width, height = 70, 56, 620, 300
-    steps, greedy, sampled = (run.history[name] for name in ("env_steps", "avg_return", "sampled_return"))
-    threshold = run.solved_return
-    shown = [value for value in [*greedy, *sampled, threshold] if math.isfinite(value)] or [0.0]
-    y_step = nice_step(max(shown) - min(min(shown), 0))
-    low, high = math.floor(min(min(shown), 0) / y_step) * y_step, math.ceil(max(max(shown), 1e-9) / y_step) * y_step
-    x_step = nice_step(max(steps[-1] if steps else 1, 1))
-    x_high = max(steps[-1] if steps else 1, 1)
-
-    def x(value: float) -> float:
-        return left + width * value / x_high
-
-    def y(value: float) -> float:
-        return top + height * (high - value) / (high - low)
-
-    def text(x: float, y: float, content: str, style: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{content}</text>'
-
+    """The greedy and the sampled return over environment steps, as a picture that needs nothing else (SVG)."""
+    steps = run.history["env_steps"]
+    curves = {"avg_return": "greedy policy", "sampled_return": "sampled, in training"}
+    shown = [value for name in curves for value in run.history[name] if math.isfinite(value)] + [0.0]
+    if math.isfinite(run.solved_return):
+        shown.append(run.solved_return)
+    x_tick, y_tick = tick_distance(max(steps[-1], 1)), tick_distance(max(shown) - min(shown))
+    low, high = math.floor(min(shown) / y_tick) * y_tick, math.ceil(max(shown) / y_tick) * y_tick
+    left, bottom, width, height = 70, 350, 620, 290
+    x_scale, y_scale = width / max(steps[-1], 1), height / max(high - low, y_tick)
     parts = []
-    for k in range(round((high - low) / y_step) + 1):
-        value = low + k * y_step
-        parts.append(f'<path d="M{left} {y(value):.1f}h{width}" stroke="#e6e6e6"/>')
-        parts.append(text(left - 8, y(value) + 4, f"{value:,g}", 'text-anchor="end"'))
-    for k in range(math.floor(x_high / x_step) + 1):
-        parts.append(text(x(k * x_step), top + height + 20, f"{k * x_step:,.0f}", 'text-anchor="middle"'))
-    if math.isfinite(threshold):
-        parts.append(f'<path d="M{left} {y(threshold):.1f}h{width}" stroke="#777" stroke-dasharray="5 4"/>')
-        parts.append(text(left + 6, y(threshold) - 6, f"solved: {threshold:g}", 'fill="#777"'))
-    for name, values, label in (("sampled_return", sampled, "sampled"), ("avg_return", greedy, "greedy")):
-        points = [f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-        color = SERIES[name]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="2"/>')
-        row = top + height - (34 if name == "avg_return" else 14)
-        parts.append(f'<path d="M{left + width - 92} {row - 4}h22" stroke="{color}" stroke-width="2"/>')
-        parts.append(text(left + width - 64, row, label))
-    title = f"PPO on {run.args.env_id}, seed {run.args.seed}"
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="sans-serif" font-size="13" fill="#333">
-<rect width="720" height="420" fill="#fff"/>
-{text(left, 32, title, 'font-size="17" font-weight="bold"')}
-{chr(10).join(parts)}
-<path d="M{left} {top}v{height}h{width}" fill="none" stroke="#333"/>
-{text(left + width / 2, top + height + 44, "environment steps", 'text-anchor="middle"')}
-{text(-top - height / 2, 18, "return per episode", 'text-anchor="middle" transform="rotate(-90)"')}
-</svg>
-"""
+    for y in np.arange(low, high + y_tick / 2, y_tick):
+        pixel = bottom - (y - low) * y_scale
+        parts.append(f'<path d="M{left} {pixel:.1f}h{width}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{left - 9}" y="{pixel + 4:.1f}" text-anchor="end">{y:,g}</text>')
+    for x in np.arange(0, max(steps[-1], 1) + 1, x_tick):
+        parts.append(f'<text x="{left + x * x_scale:.1f}" y="{bottom + 20}" text-anchor="middle">{x:,.0f}</text>')
+    if math.isfinite(run.solved_return):
+        pixel = bottom - (run.solved_return - low) * y_scale
+        parts.append(f'<path d="M{left} {pixel:.1f}h{width}" stroke="#666" stroke-dasharray="6 4"/>')
+        parts.append(f'<text x="{left + 8}" y="{pixel + 16:.1f}">solved: {run.solved_return:g}</text>')
+    for row, (name, label) in enumerate(curves.items()):
+        data = [(x, y) for x, y in zip(steps, run.history[name], strict=True) if math.isfinite(y)]
+        points = " ".join(f"{left + x * x_scale:.1f},{bottom - (y - low) * y_scale:.1f}" for x, y in data)
+        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" fill="none"'
+        parts.append(f'<polyline points="{points}" {style}/>')
+        key = bottom - 36 + 20 * row
+        parts.append(f'<path d="M{left + width - 176} {key - 4}h24" {style}/>')
+        parts.append(f'<text x="{left + width - 144}" y="{key}">{label}</text>')
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#333"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 410" {font}>',
+            '<rect width="720" height="410" fill="#fff"/>',
+            f'<text x="{left}" y="34" font-size="18" font-weight="bold">{html.escape(run.title)}</text>',
+            *parts,
+            f'<path d="M{left} {bottom - height}v{height}h{width}" fill="none" stroke="#333"/>',
+            f'<text x="{left + width / 2}" y="{bottom + 44}" text-anchor="middle">environment steps</text>',
+            f'<text transform="translate(20 {bottom - height / 2}) rotate(-90)" text-anchor="middle">return per episode'
+            "</text>",
+            "</svg>\n",
+        ]
+    )
 
 
-def nice_step(span: float) -> float:
-    """A distance between ticks, 1, 2 or 5 times a power of ten, that puts about five of them on an axis."""
-    power = 10 ** math.floor(math.log10(span / 5))
-    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 6)
+def tick_distance(span: float) -> float:
+    """1, 2 or 5 times a power of ten, such that three to eight ticks lie on an axis of this length."""
+    power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 3))
+    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 8)
 
 
 def watch(args: Args) -> None:
@@ -838,14 +882,13 @@ def watch(args: Args) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a cluster's Ctrl-C: save, then leave
     args = tyro.cli(Args)
     try:
         if args.cuda and not torch.cuda.is_available():
             raise BadInput("--cuda: torch sees no CUDA device here; leave the flag out")
-        if args.resume or args.watch:  # a flag that is not given is what it was
-            stored = load_checkpoint(args.checkpoint)["args"]
-            paths = {"log": Path(stored["log"]), "checkpoint": args.checkpoint}
-            args = tyro.cli(Args, default=Args(**{**stored, **paths, "resume": args.resume, "watch": args.watch}))
+        if args.resume or args.watch:
+            args = tyro.cli(Args, default=stored_args(args))
         if args.watch:
             watch(args)
         else:
@@ -853,7 +896,8 @@ def main() -> None:
             check_writable(args.checkpoint)
             train(args, *EARLY)
     except KeyboardInterrupt:
-        stop("interrupted; everything up to the last completed update is saved", 130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop("interrupted", 130)
     except BadInput as error:
         stop(error, 2)
     except (BridgeError, ContractViolation) as error:
