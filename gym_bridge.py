@@ -128,9 +128,10 @@ class BridgeError(SessionFailure):
 
 def _show(value: object) -> str:
     """A value for an error message: with its type where that may be the point, and never a screenful."""
-    text = repr(value)
+    text = repr(value[:120] if isinstance(value, (str, bytes)) else value)
     text = text if len(text) <= 120 else text[:117] + "..."
-    return text if isinstance(value, (int, float, str, list, tuple, dict, type(None))) else f"{text} ({type(value)})"
+    plain = (int, float, str, bytes, list, tuple, dict, type(None))
+    return text if isinstance(value, plain) else f"{text} ({type(value).__name__})"
 
 
 # ----------------------------------------------------------------------------------------------- contract, transition
@@ -281,23 +282,19 @@ class Contract:
             raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
 
     @staticmethod
-    def _rewards(raw: Sequence[object]) -> Array:
-        for env, reward in enumerate(raw):
-            if type(reward) is not float and (
-                isinstance(reward, bool) or not isinstance(reward, (int, float, np.integer, np.floating))
-            ):
-                raise ContractViolation("reward_type", "a number", _show(reward), env)
+    def _reward(raw: Any, env: int) -> float:
+        if isinstance(raw, bool) or not isinstance(raw, (float, int, np.floating, np.integer)):
+            raise ContractViolation("reward_type", "a number", _show(raw), env)
         try:
-            return np.array(raw, np.float64)
+            return float(raw)
         except OverflowError:  # an integer of hundreds of digits
-            raise ContractViolation("reward_finite", "finite rewards", _show(raw)) from None
+            raise ContractViolation("reward_finite", "a finite reward", _show(raw), env) from None
 
     @staticmethod
-    def _flags(name: str, raw: Sequence[object], first_env: int = 0) -> Array:
-        for env, flag in enumerate(raw):
-            if type(flag) is not bool and not isinstance(flag, np.bool_):
-                raise ContractViolation("done_type", f"a boolean for {name}", _show(flag), first_env + env)
-        return np.array(raw, np.bool_)
+    def _flag(name: str, raw: object, env: int) -> bool:
+        if type(raw) is not bool and not isinstance(raw, np.bool_):
+            raise ContractViolation("done_type", f"a boolean for {name}", _show(raw), env)
+        return bool(raw)
 
     # Values: these look at whole batches of exact type.  Each is two comparisons where all is well.
 
@@ -640,7 +637,9 @@ class _Environments:
     def step(self, actions: list[int]) -> _Batch:
         contract = self.contract
         next_obs = np.empty((len(self.envs), *contract.obs_shape), contract.obs_dtype)
-        rewards, dones, reset_obs = [], [], {}
+        reward = np.empty(len(self.envs))
+        terminated, truncated = np.empty((2, len(self.envs)), np.bool_)
+        reset_obs = {}
         for env, action in enumerate(actions):
             try:
                 result = self.envs[env].step(action)
@@ -649,16 +648,12 @@ class _Environments:
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
             next_obs[env] = contract._observation(result[0], env)
-            rewards.append(result[1])
-            terminated, truncated = result[2], result[3]
-            dones.append((terminated, truncated))
-            if type(terminated) is not bool or type(truncated) is not bool:
-                terminated, truncated = contract._flags("terminated and truncated", [terminated, truncated], env)
-            if terminated or truncated:
+            reward[env] = contract._reward(result[1], env)
+            terminated[env] = contract._flag("terminated", result[2], env)
+            truncated[env] = contract._flag("truncated", result[3], env)
+            if result[2] or result[3]:
                 reset_obs[env] = self._first(env, None)
-        reward = contract._rewards(rewards)
-        done = np.array(dones, np.bool_)
-        return _Batch(next_obs, reward, done[:, 0], done[:, 1], reset_obs)
+        return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
     def close(self) -> None:
         for env in self.envs:
@@ -723,7 +718,8 @@ class _Server:
                 try:
                     data = data[os.write(self.stdin, data) :]
                 except BlockingIOError:
-                    self._wait(self.writable, deadline, "the server does not read its requests")
+                    if not self.writable.poll(_milliseconds(deadline)):
+                        self._fail(f"the server has not read its request within {self.timeout:g} s")
         except BrokenPipeError:
             self._fail("the server hung up")
 
@@ -764,7 +760,7 @@ class _Server:
         return f"server pid {self.process.pid}, {state}{last}"
 
     def _reply(self, deadline: float) -> dict[str, Any]:
-        line = self._line(deadline)
+        line, _, rest = self._read(deadline).partition(b"\n")
         try:
             reply = _loads(line)
         except ValueError as error:
@@ -773,31 +769,25 @@ class _Server:
             self._fail(f"a reply is an object with an integer id and a boolean ok, not {_show(line)}")
         if reply["id"] != self.last_id:
             self._fail(f"the reply has id {reply['id']}, the request had {self.last_id}")
+        if rest:
+            self._fail(f"more than one reply to one request: {_show(rest)}")
         del reply["id"]
         if not reply.pop("ok"):
             _decode_error(reply, self.num_envs)
         return reply
 
-    def _line(self, deadline: float) -> bytes:
-        line = b""
-        while True:
-            self._wait(self.readable, deadline, f"no whole reply within {self.timeout:g} s; so far {_show(line)}")
-            chunk = os.read(self.stdout, 1 << 16)
-            if not chunk:
-                self._fail("the server hung up" + (f" in the middle of a reply: {_show(line)}" if line else ""))
-            line += chunk
-            if b"\n" in chunk:
-                break
-            if len(line) > MAX_LINE_BYTES:
-                self._fail(f"the reply is longer than {MAX_LINE_BYTES >> 20} MiB: {_show(line)}")
-        line, _, rest = line.partition(b"\n")
-        if rest:
-            self._fail(f"more than one reply to one request: {_show(rest)}")
-        return line
-
-    def _wait(self, poller: select.poll, deadline: float, complaint: str) -> None:
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            self._fail(complaint)
+    def _read(self, deadline: float) -> bytes:
+        """What the server writes until there is a line end in it."""
+        chunks: list[bytes] = []
+        while not chunks or b"\n" not in chunks[-1]:
+            if not self.readable.poll(_milliseconds(deadline)):
+                self._fail(f"no whole reply within {self.timeout:g} s; so far {_show(b''.join(chunks))}")
+            chunks.append(os.read(self.stdout, 1 << 16))
+            if not chunks[-1]:
+                self._fail(f"the server hung up in the middle of a reply: {_show(b''.join(chunks))}")
+            if len(chunks) * (1 << 16) > MAX_LINE_BYTES and sum(map(len, chunks)) > MAX_LINE_BYTES:
+                self._fail(f"the reply is longer than {MAX_LINE_BYTES >> 20} MiB: {_show(chunks[0])}")
+        return b"".join(chunks)
 
     def _wait_for_exit(self, seconds: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -815,6 +805,10 @@ class _Server:
             self.stderr_tail = (self.stderr_tail + chunk)[-8192:]
             with contextlib.suppress(OSError):  # the trainer's own stderr may be closed: then nobody is listening
                 os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
+
+
+def _milliseconds(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic()) * 1000
 
 
 def _command(
@@ -889,7 +883,7 @@ def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
     if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
         raise ContractViolation(reply["rule"], reply["expected"], reply["got"], env)
     failure = BridgeError("\n".join([reply["error"], reply.get("traceback", "").rstrip()]).rstrip(), env)
-    if "traceback" not in reply:
+    if env is None and "traceback" not in reply:
         failure.server = ""  # the server is well: what was asked of it cannot be
     raise failure
 
@@ -949,9 +943,11 @@ def _decode_step(contract: Contract, reply: dict[str, Any], num_envs: int) -> _B
     for key in "reward", "terminated", "truncated":
         if type(reply[key]) is not list or len(reply[key]) != num_envs:
             raise ContractViolation("batch_size", f"a list of {num_envs} for {key}", _show(reply[key]))
-    reward = contract._rewards(reply["reward"])
-    terminated = contract._flags("terminated", reply["terminated"])
-    truncated = contract._flags("truncated", reply["truncated"])
+    reward = np.array([contract._reward(raw, env) for env, raw in enumerate(reply["reward"])])
+    terminated, truncated = (
+        np.array([contract._flag(name, raw, env) for env, raw in enumerate(reply[name])])
+        for name in ("terminated", "truncated")
+    )
     if type(reply["reset_obs"]) is not dict:
         raise ContractViolation("reset_obs", "an object", _show(reply["reset_obs"]))
     names = {str(env): env for env in range(num_envs)} if reply["reset_obs"] else {}
@@ -1070,16 +1066,15 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    if isinstance(error, _Unsupported):
-        return {"error": str(error)}
-    reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else repr(error)}
+    what = error.what if isinstance(error, SessionFailure) else f"{type(error).__name__}: {error}"
+    cause = error.__cause__ or error
+    if isinstance(error, _Unsupported) or type(cause).__name__ == "DependencyNotInstalled":  # says what to install
+        return {"error": str(cause)}
+    reply: dict[str, Any] = {"error": what}
     if isinstance(error, SessionFailure) and error.env is not None:
         reply["env"] = error.env
     if isinstance(error, ContractViolation):
         return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
-    cause = error.__cause__ or error
-    if type(cause).__name__ == "DependencyNotInstalled":  # Gymnasium's own message says what to install
-        return reply
     return {**reply, "traceback": "".join(traceback.format_exception(cause))}
 
 

@@ -93,7 +93,7 @@ class Args:
     """processes that share the environments between them; changes the speed, not the numbers"""
     num_steps: int = 32
     """T, steps in each environment between two updates (the horizon)"""
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 3.5e-3
     """step size of Adam"""
     anneal_lr: bool = False
     """let the learning rate fall linearly to zero over --updates"""
@@ -107,7 +107,7 @@ class Args:
     """passes over a rollout"""
     clip_coef: float = 0.2
     """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.01
     """weight of the entropy bonus, which rewards staying undecided"""
     vf_coef: float = 0.5
     """weight of the critic's squared error"""
@@ -209,7 +209,7 @@ if __name__ == "__main__":
             stop(error, 2)
 
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
 
@@ -236,8 +236,8 @@ class Actor(nn.Module):
         super().__init__()
         self.net = mlp(obs_shape, n_actions, last_gain=0.01)
 
-    def forward(self, observations: Tensor) -> Tensor:
-        logits: Tensor = self.net(observations.float())  # (..., *D) -> (..., A)
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(observations.float())  # (..., *D) -> (..., A)
         return logits
 
 
@@ -248,8 +248,8 @@ class Critic(nn.Module):
         super().__init__()
         self.net = mlp(obs_shape, 1, last_gain=1.0)
 
-    def forward(self, observations: Tensor) -> Tensor:
-        values: Tensor = self.net(observations.float()).squeeze(-1)  # (..., *D) -> (...)
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.net(observations.float()).squeeze(-1)  # (..., *D) -> (...)
         return values
 
 
@@ -260,15 +260,15 @@ class Critic(nn.Module):
 class Rollout:
     """T steps of N environments: what was seen, done and earned, and what the networks made of it."""
 
-    observations: Tensor  # (T, N, *D)
-    actions: Tensor  # (T, N) int64
-    log_probs: Tensor  # (T, N) log pi(a|s) of the policy that acted
-    rewards: Tensor  # (T, N)
-    next_observations: Tensor  # (T, N, *D) where each action led, before any reset
-    terminated: Tensor  # (T, N) bool
-    truncated: Tensor  # (T, N) bool
-    values: Tensor  # (T, N) V(s)
-    next_values: Tensor  # (T, N) V(s')
+    observations: torch.Tensor  # (T, N, *D)
+    actions: torch.Tensor  # (T, N) int64
+    log_probs: torch.Tensor  # (T, N) log pi(a|s) of the policy that acted
+    rewards: torch.Tensor  # (T, N)
+    next_observations: torch.Tensor  # (T, N, *D) where each action led, before any reset
+    terminated: torch.Tensor  # (T, N) bool
+    truncated: torch.Tensor  # (T, N) bool
+    values: torch.Tensor  # (T, N) V(s)
+    next_values: torch.Tensor  # (T, N) V(s')
 
     def __post_init__(self) -> None:
         """Raises ValueError if the fields have come out of step."""
@@ -280,7 +280,7 @@ class Rollout:
             raise ValueError(f"the fields of a rollout must all be (T, N) or (T, N, *D), not {sizes}")
 
     @property
-    def done(self) -> Tensor:
+    def done(self) -> torch.Tensor:
         """(T, N) bool: the episode ended with this step, for whichever reason."""
         return self.terminated | self.truncated
 
@@ -299,7 +299,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         actions = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
         transitions.append(session.step(actions.cpu().numpy()))
 
-    def stack(name: str) -> Tensor:
+    def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
     # The networks see the whole rollout once more, as one batch: cheaper than step by step, and log pi comes from the
@@ -323,14 +323,14 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
     gamma: float,
     gae_lambda: float,
-) -> Tensor:
+) -> torch.Tensor:
     """Generalized Advantage Estimation [2]: how much better each action turned out than the critic expected.
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
@@ -355,16 +355,16 @@ def gae(
 
 
 def ppo_loss(
-    logits: Tensor,
-    values: Tensor,
-    actions: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    actions: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
     clip_coef: float = 0.2,
     vf_coef: float = 0.5,
     ent_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate objective of PPO [1], to be minimised.
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
@@ -398,7 +398,7 @@ def ppo_loss(
     with torch.no_grad():
         info = {
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old, pi), unbiased and never negative ([3], detail 12)
-            "clip_fraction": ((ratio - 1).abs() > clip_coef).float().mean(),
+            "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
@@ -515,8 +515,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     run.losses.append(info)
                 if args.target_kl is not None and torch.stack(kls).mean() > args.target_kl:
                     break
-            # 1 - Var[target - V] / Var[target]: 1 is a perfect critic, 0 one that knows no more than the mean.
-            run.explained_variances.append(1 - (returns - rollout.values).var() / (returns.var() + 1e-8))
+            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
+            run.explained_variances.append(1 - (returns - rollout.values).var() / returns.var())
 
             # Evaluate and log.  Solved means solved twice: in the evaluation, and over 100 episodes never seen before.
             run.complete_update()
@@ -527,9 +527,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     seed = run.episode_seed("final evaluation")
                     run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
         if run.final_returns is None:  # --resume found all updates done
-            run.final_returns = evaluate(
-                eval_session, actor, 100, run.episode_seed("final evaluation"), args.eval_max_steps
-            )
+            seed = run.episode_seed("final evaluation")
+            run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
         run.finish()
     return run
 
@@ -580,8 +579,8 @@ class Run:
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
         self.seconds_before, self.checked_before = 0.0, 0  # by the runs that this one resumes
         self.sampled_returns: list[float] = []  # this and the following: since the last row of the log
-        self.losses: list[dict[str, Tensor]] = []
-        self.explained_variances: list[Tensor] = []
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self.explained_variances: list[torch.Tensor] = []
         self.last_line = 0.0
 
     @property
@@ -754,7 +753,7 @@ class Run:
         verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
         mean, std, episodes = self.final_returns.mean(), self.final_returns.std(), len(self.final_returns)
         print(
-            f"{verdict}: {self.args.env_id}, greedy return {mean:.1f} ± {std:.1f} over {episodes} fresh episodes, after "
+            f"{verdict}: {self.args.env_id}, greedy return {mean:.1f} ± {std:.1f} over {episodes} fresh episodes after "
             f"{self.env_steps:,} environment steps and {self.seconds:.1f} s, {self.transitions_checked:,} transitions "
             f"checked; see {self.files}"
         )
@@ -766,7 +765,7 @@ def cloned(tree: Any) -> Any:
         return {key: cloned(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [cloned(value) for value in tree]
-    return tree.clone() if isinstance(tree, Tensor) else tree
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
 
 
 def json_number(value: float) -> float | str:

@@ -1,0 +1,1217 @@
+"""The specification, in the order in which a reader meets the things.
+
+    python -m pytest
+
+Contract, sessions and faults first (gym_bridge.py), then advantages, loss and training (ppo_cartpole.py), then what a
+person sees at the command line.  Everything is real: environments, subprocesses, signals.  Where a formula is tested,
+the oracle is written a second time, another way, in plain Python.
+"""
+
+import ast
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ppo_cartpole as ppo
+from gym_bridge import BridgeError, Contract, ContractViolation, GymnasiumSession, NativeSession, Transition
+
+HERE = Path(__file__).parent
+CARTPOLE = Contract(obs_shape=(4,), n_actions=2)
+
+# Environments that the tests train and trip over, in a module that both this process and a server can import.
+ENVIRONMENTS = '''
+import os
+import numpy as np
+import gymnasium
+from gymnasium.spaces import Box, Dict, Discrete
+
+
+class Counting(gymnasium.Env):
+    """Observation [episode, step].  Odd episodes terminate at step 3, even ones are truncated at step 2."""
+
+    observation_space, action_space = Box(0, 99, (2,), np.float32), Discrete(3)
+
+    def __init__(self):
+        self.episode = 0
+        self.shared = np.zeros(2, np.float32)  # one array for every observation, overwritten each time
+
+    def reset(self, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return self.look(), {}
+
+    def step(self, action):
+        self.t += 1
+        odd = self.episode % 2 == 1
+        return self.look(), 10.0 * self.episode + action, odd and self.t == 3, not odd and self.t == 2, {}
+
+    def look(self):
+        self.shared[:] = self.episode, self.t
+        return self.shared
+
+
+class Odd(gymnasium.Env):
+    """Well behaved, but environment 1 (told by its seed) does at reset, or at its second step, what ``case`` says."""
+
+    observation_space, action_space = Box(-1, 1, (2,), np.float32), Discrete(2)
+
+    def __init__(self, case="", at="step"):
+        self.case, self.at, self.t = case, at, 0
+
+    def reset(self, seed=None, options=None):
+        self.odd = seed == 1 if seed is not None else self.odd
+        good = {"obs": np.zeros_like(self.observation_space.low), "info": {}}
+        if self.odd and self.at == "reset":
+            exec(self.case, {"np": np, "os": os, "self": self}, good)
+        return tuple(good.values())
+
+    def step(self, action):
+        self.t += 1
+        good = {"obs": np.zeros_like(self.observation_space.low), "reward": 0.5, "terminated": False, "truncated": False, "info": {}}
+        if self.odd and self.at == "step" and self.t == 2:
+            exec(self.case, {"np": np, "os": os, "self": self}, good)
+        return tuple(good.values())
+
+
+class ByteImage(Odd):
+    observation_space = Box(0, 255, (2, 3), np.uint8)
+
+
+class DictObservation(Odd):
+    observation_space = Dict(a=Discrete(2))
+
+
+class LateActions(Odd):
+    action_space = Discrete(2, start=1)
+
+
+for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions":
+    if f"{name}-v0" not in gymnasium.registry:
+        gymnasium.register(f"{name}-v0", f"odd_envs:{name}")
+'''
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with the module of environments in it."""
+    (tmp_path / "odd_envs.py").write_text(ENVIRONMENTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("odd_envs", None)
+    return tmp_path
+
+
+def native(name, num_envs, contract, **make_kwargs):
+    module = importlib.import_module("odd_envs")
+    return NativeSession([getattr(module, name)(**make_kwargs) for _ in range(num_envs)], contract)
+
+
+def assert_gone(group):
+    """Of a server's process group nothing is alive (what is dead and not yet reaped by process 1 is no matter)."""
+    deadline = time.monotonic() + 2
+    while alive := process_table().get(group):
+        assert time.monotonic() < deadline, f"{alive} of group {group} are alive"
+        time.sleep(0.02)
+
+
+def process_table():
+    """Process group -> the pids in it that are no zombies."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    groups = {}
+    for pid, group, state in (line.split()[:3] for line in listing.splitlines()):
+        if not state.startswith("Z"):
+            groups.setdefault(int(group), []).append(int(pid))
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------- contract: the rules
+
+ODD = Contract((2,), 2, obs_range=(-1, 1), reward_range=(0, 1), require_exclusive_done_flags=True)
+
+# name, what environment 1 of 3 does at its second step, the rule that this breaks (None: none)
+STEP_ROWS = [
+    ("accept_plain", "pass", None),
+    ("accept_bounds_included", "obs[:] = -1, 1; reward = 1", None),
+    ("accept_float64_observation", "obs = np.array([0.5, 0.25])", None),
+    ("accept_list_observation", "obs = [0.5, -1]", None),
+    ("accept_numpy_scalars", "reward, terminated = np.float32(0.5), np.bool_(True)", None),
+    ("accept_integer_reward", "reward = 1", None),
+    ("reject_nan_observation", "obs[1] = np.nan", "obs_finite"),
+    ("reject_infinite_observation", "obs[0] = -np.inf", "obs_finite"),
+    ("reject_observation_above_range", "obs[0] = np.nextafter(np.float32(1), np.float32(2))", "obs_range"),
+    ("reject_observation_below_range", "obs[1] = -1.5", "obs_range"),
+    ("reject_overflowing_observation", "obs = np.array([0, 1e39])", "obs_dtype"),
+    ("reject_short_observation", "obs = obs[:1]", "obs_shape"),
+    ("reject_nested_observation", "obs = obs[None]", "obs_shape"),
+    ("reject_ragged_observation", "obs = [0.5, [0.5]]", "obs_type"),
+    ("reject_boolean_observation", "obs = np.array([True, False])", "obs_dtype"),
+    ("reject_string_observation", "obs = np.array(['0.5', '0.5'])", "obs_dtype"),
+    ("reject_number_as_string", "obs = [0.5, '0.5']", "obs_type"),
+    ("reject_boolean_among_numbers", "obs = [0.5, True]", "obs_type"),
+    ("reject_none_observation", "obs = None", "obs_type"),
+    ("reject_nan_reward", "reward = float('nan')", "reward_finite"),
+    ("reject_infinite_reward", "reward = float('inf')", "reward_finite"),
+    ("reject_endless_integer_reward", "reward = 10**400", "reward_finite"),
+    ("reject_reward_above_range", "reward = 1.0000001", "reward_range"),
+    ("reject_reward_below_range", "reward = -1e-300", "reward_range"),
+    ("reject_boolean_reward", "reward = True", "reward_type"),
+    ("reject_none_reward", "reward = None", "reward_type"),
+    ("reject_string_reward", "reward = '0.5'", "reward_type"),
+    ("reject_array_reward", "reward = np.array([0.5])", "reward_type"),
+    ("reject_number_for_terminated", "terminated = 1", "done_type"),
+    ("reject_none_for_truncated", "truncated = None", "done_type"),
+    ("reject_both_done_flags", "terminated = truncated = True", "done_exclusive"),
+    ("reject_old_gym_step", "del truncated", "step_result"),
+]
+RESET_ROWS = [
+    ("accept_plain_reset", "pass", None),
+    ("reject_nan_at_reset", "obs[0] = np.nan", "obs_finite"),
+    ("reject_range_at_reset", "obs[1] = 2", "obs_range"),
+    ("reject_shape_at_reset", "obs = np.zeros(3, np.float32)", "obs_shape"),
+    ("reject_old_gym_reset", "del info", "reset_result"),
+]
+
+
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
+@pytest.mark.parametrize(("case", "rule"), [row[1:] for row in STEP_ROWS], ids=[row[0] for row in STEP_ROWS])
+def test_contract_at_step(case, rule, kind):
+    with odd_session(kind, case, at="step") as session:
+        session.reset(seed=0)
+        session.step([0, 1, 0])
+        if rule is None:
+            assert session.step([0, 1, 0]).reward[1] in (0.5, 1)
+        else:
+            assert_violation(session, lambda: session.step([0, 1, 0]), rule, "step 2, environment 1: ")
+
+
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
+@pytest.mark.parametrize(("case", "rule"), [row[1:] for row in RESET_ROWS], ids=[row[0] for row in RESET_ROWS])
+def test_contract_at_reset(case, rule, kind):
+    with odd_session(kind, case, at="reset") as session:
+        if rule is None:
+            assert session.reset(seed=0).shape == (3, 2)
+        else:
+            assert_violation(session, lambda: session.reset(seed=0), rule, "reset, environment 1: ")
+
+
+def odd_session(kind, case, at):
+    if kind == "native":
+        return native("Odd", 3, ODD, case=case, at=at)
+    return GymnasiumSession("odd_envs:Odd-v0", ODD, 3, int(kind[0]), {"case": case, "at": at}, timeout=20)
+
+
+def assert_violation(session, call, rule, where):
+    with pytest.raises(ContractViolation) as caught:
+        call()
+    assert (caught.value.rule, caught.value.env) == (rule, 1)
+    assert str(caught.value).startswith(f"{where}contract rule {rule} broken: expected ")
+    assert ("server pid" in str(caught.value)) == isinstance(session, GymnasiumSession)
+    for again in (lambda: session.step([0, 1, 0]), lambda: session.reset(0)):
+        with pytest.raises(BridgeError, match="dead"):
+            again()
+    with pytest.raises(BridgeError):
+        session.observation  # noqa: B018
+
+
+ACTION_ROWS = [
+    ("accept_list", [0, 1], None),
+    ("accept_int32", np.array([1, 0], np.int32), None),
+    ("reject_too_large", [0, 2], "action_range"),
+    ("reject_negative", [-1, 0], "action_range"),
+    ("reject_float", [0.0, 1.0], "action_type"),
+    ("reject_float_array", np.array([0.0, 1.0]), "action_type"),
+    ("reject_boolean", [True, 0], "action_type"),
+    ("reject_too_few", [0], "action_count"),
+    ("reject_too_many", [0, 1, 0], "action_count"),
+    ("reject_none", None, "action_count"),
+]
+
+
+@pytest.mark.parametrize(("name", "actions", "rule"), ACTION_ROWS, ids=[row[0] for row in ACTION_ROWS])
+def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
+    stepped = []
+
+    class Witness:
+        def reset(self, seed=None):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            stepped.append(action)
+            return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    session = NativeSession([Witness(), Witness()], Contract((2,), 2))
+    session.reset(0)
+    if rule is None:
+        assert session.step(actions).action.tolist() == list(actions)
+    else:
+        with pytest.raises(ContractViolation) as caught:
+            session.step(actions)
+        assert caught.value.rule == rule
+        assert stepped == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"obs_shape": ()},
+        {"obs_shape": (0,)},
+        {"obs_shape": (-3,)},
+        {"obs_shape": (10**9,)},
+        {"obs_shape": (2.0,)},
+        {"n_actions": 0},
+        {"n_actions": True},
+        {"obs_dtype": "complex64"},
+        {"obs_dtype": "no such dtype"},
+        {"obs_range": (1, -1)},
+        {"obs_range": (math.nan, 1)},
+        {"obs_range": ([0, 0, 0], 1)},
+        {"reward_range": (1, 0)},
+    ],
+    ids=str,
+)
+def test_a_contract_that_contradicts_itself_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
+        Contract(**{"obs_shape": (2,), "n_actions": 2, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        ("obs = np.full((2, 3), 255)", None),  # int64, but every value fits
+        ("obs = [[0, 1, 2], [3, 4, 255]]", None),
+        ("obs = np.full((2, 3), 256)", "obs_dtype"),
+        ("obs = np.full((2, 3), -1)", "obs_dtype"),
+        ("obs = np.full((2, 3), 2.0)", "obs_dtype"),
+        ("obs = [[0, 1, 2], [3, 4, 2.0]]", "obs_dtype"),
+        ("obs = [[0, 1, 2], [3, 4, 256]]", "obs_dtype"),
+        ("obs = [[0, 1, 2], [3, 4]]", "obs_shape"),
+    ],
+)
+def test_integer_observations_take_no_fraction_and_no_overflow(case, rule):
+    with native("ByteImage", 2, Contract((2, 3), 2, "uint8", (0, 255)), case=case) as session:
+        session.reset(0)
+        session.step([0, 0])
+        if rule is None:
+            assert session.step([0, 0]).next_observation.dtype == np.uint8
+            assert session.observation.max() == 255
+        else:
+            with pytest.raises(ContractViolation, match=rf"environment 1: contract rule {rule}"):
+                session.step([0, 0])
+
+
+def test_from_env_is_the_contract_that_the_spaces_declare():
+    contract = Contract.from_env("CartPole-v1")
+    assert (contract.obs_shape, contract.n_actions, contract.obs_dtype) == ((4,), 2, "float32")
+    assert contract.obs_range[1] == [pytest.approx(4.8), math.inf, pytest.approx(math.radians(24)), math.inf]
+    assert contract == Contract((4,), 2, "float32", ppo.CONTRACT.obs_range)  # so the one written by hand is right too
+
+
+# ------------------------------------------------------------------------------------------------------------- sessions
+
+
+def test_no_transition_crosses_an_episode_boundary():
+    """Two episodes of the counting environment, as literal rows."""
+    rows = []
+    for session in (
+        native("Counting", 2, Contract((2,), 3)),
+        GymnasiumSession("odd_envs:Counting-v0", Contract((2,), 3), 2, 1),
+        GymnasiumSession("odd_envs:Counting-v0", Contract((2,), 3), 2, 2),
+    ):
+        with session:
+            session.reset(0)
+            transitions = [session.step([1, 2]) for _ in range(6)]
+            assert session.transitions_checked == 12
+        rows.append([[transition_row(transition, env) for transition in transitions] for env in (0, 1)])
+    # observation -> next observation, reward (10 * episode + action), terminated, truncated
+    assert rows[0][0] == [
+        ([1, 0], [1, 1], 11.0, False, False),
+        ([1, 1], [1, 2], 11.0, False, False),
+        ([1, 2], [1, 3], 11.0, True, False),
+        ([2, 0], [2, 1], 21.0, False, False),
+        ([2, 1], [2, 2], 21.0, False, True),
+        ([3, 0], [3, 1], 31.0, False, False),
+    ]
+    assert rows[0][1] == [(obs, next_obs, reward + 1, *done) for obs, next_obs, reward, *done in rows[0][0]]
+    assert rows[1] == rows[0]
+    assert rows[2] == rows[0]
+
+
+def transition_row(transition, env):
+    columns = (getattr(transition, field.name) for field in dataclasses.fields(Transition))
+    observation, _, reward, next_observation, terminated, truncated = (column[env].tolist() for column in columns)
+    return observation, next_observation, reward, terminated, truncated
+
+
+def test_native_and_gymnasium_sessions_give_the_same_transitions():
+    import gymnasium
+
+    rng = np.random.default_rng(7)
+    actions = rng.integers(0, 2, (300, 3))
+    sessions = [NativeSession([gymnasium.make("CartPole-v1") for _ in range(3)], CARTPOLE)]
+    sessions += [GymnasiumSession("CartPole-v1", CARTPOLE, 3, workers) for workers in (1, 2, 3)]
+    histories = []
+    for session in sessions:
+        with session:
+            history = [session.reset(5)]
+            for action in actions:
+                transition = session.step(action)
+                history += [*dataclasses.astuple(transition), session.observation]
+        histories.append(history)
+    for history in histories[1:]:
+        assert len(history) == len(histories[0])
+        for ours, theirs in zip(histories[0], history, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_transitions_are_not_overwritten_later():
+    with native("Counting", 1, Contract((2,), 3)) as session:
+        first = session.reset(0)
+        transition = session.step([0])
+        session.step([0])
+        assert first.tolist() == [[1, 0]]
+        assert transition.next_observation.tolist() == [[1, 1]]
+
+
+def test_a_twin_is_a_session_of_its_own():
+    for session in (
+        native("Counting", 1, Contract((2,), 3)),
+        GymnasiumSession("odd_envs:Counting-v0", Contract((2,), 3)),
+    ):
+        with session, session.twin(2) as twin:
+            session.reset(0)
+            assert twin.reset(0).tolist() == [[1, 0], [1, 0]]
+            twin.step([0, 0])
+            assert session.observation.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reset_seeds_environment_i_with_seed_plus_i(workers):
+    with GymnasiumSession("CartPole-v1", CARTPOLE, 4, workers) as session:
+        together = session.reset(11)
+    for i in range(4):
+        with GymnasiumSession("CartPole-v1", CARTPOLE) as session:
+            np.testing.assert_array_equal(session.reset(11 + i)[0], together[i])
+            break  # the first is proof enough of the offset of worker 0 ...
+    with GymnasiumSession("CartPole-v1", CARTPOLE) as session:
+        np.testing.assert_array_equal(session.reset(14)[0], together[3])  # ... and the last of the last worker's
+
+
+def test_step_before_reset_and_after_close():
+    for session in native("Counting", 1, Contract((2,), 3)), GymnasiumSession("CartPole-v1", CARTPOLE):
+        with pytest.raises(BridgeError, match=r"before reset"):
+            session.step([0])
+        session.close()
+        session.close()
+        with pytest.raises(BridgeError, match="dead"):
+            session.step([0])
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+# A server of a few lines.  At request FAULTY ("describe", "reset", "step") it does FAULT instead of the right thing.
+FAKE_SERVER = """
+import json, os, signal, subprocess, sys, time
+def say(text): os.write(1, text.encode() if isinstance(text, str) else text)
+for line in sys.stdin:
+    request = json.loads(line)
+    reply = {"id": request["id"], "ok": True}
+    if request["cmd"] == "describe":
+        reply.update(protocol=1, env_id="Fake-v0", num_envs=2, n_actions=2, obs_shape=[2], obs_dtype="float32",
+                     obs_low=[-1, None], obs_high=[1, None], versions={})
+    if request["cmd"] == "reset":
+        reply.update(obs=[[0.0, 0.0], [0.5, 0.5]])
+    if request["cmd"] == "step":
+        reply.update(next_obs=[[0.0, 0.25], [0.5, 0.5]], reward=[1.0, 0.0], terminated=[False, True],
+                     truncated=[False, False], reset_obs={"1": [0.0, 0.0]})
+    if request["cmd"] == "FAULTY":
+        FAULT
+    say(json.dumps(reply) + "\\n")
+"""
+
+
+def fake_session(workplace, faulty, fault, timeout=20.0):
+    server = workplace / "fake_server.py"
+    server.write_text(FAKE_SERVER.replace("FAULTY", faulty).replace("FAULT", fault))
+    command = [sys.executable, str(server)]
+    return GymnasiumSession("Fake-v0", Contract((2,), 2), 2, timeout=timeout, server_command=command, wait=False)
+
+
+# name, the request, what the server does, the exception, what its message says
+FAULT_ROWS = [
+    ("banner_on_stdout", "describe", "say('Welcome!\\n')", BridgeError, "JSON"),
+    ("wrong_protocol", "describe", "reply['protocol'] = 2", BridgeError, "protocol must be 1, not 2"),
+    ("wrong_num_envs", "describe", "reply['num_envs'] = 3", BridgeError, "num_envs must be 2, not 3"),
+    ("missing_field", "describe", "del reply['obs_low']", BridgeError, r"lacks \['obs_low'\]"),
+    ("impossible_space", "describe", "reply['n_actions'] = True", ContractViolation, "declared_space.*n_actions"),
+    ("crossed_bounds", "describe", "reply['obs_low'] = [2, 0]", ContractViolation, "declared_space.*low <= high"),
+    ("other_space", "describe", "reply['n_actions'] = 3", ContractViolation, r"Discrete\(2\), got .*Discrete\(3\)"),
+    ("import_error", "describe", "import no_such_module", BridgeError, "exit code 1.*No module named 'no_such_module'"),
+    ("exit_in_mid_reply", "step", "say('{\"id\"'); sys.exit(3)", BridgeError, "middle of a reply.*exit code 3"),
+    ("killed", "step", "os.kill(os.getpid(), signal.SIGKILL)", BridgeError, "SIGKILL"),
+    ("noise", "step", "say('hello\\n')", BridgeError, "JSON"),
+    ("empty_line", "step", "say('\\n')", BridgeError, "JSON"),
+    ("bad_utf8", "step", "say(b'\\xff\\n')", BridgeError, "JSON"),
+    ("deep_nesting", "step", "say('[' * 100000 + '\\n')", BridgeError, "JSON"),
+    ("nan_token", "step", "reply['reward'][0] = float('nan')", BridgeError, "NaN is no JSON"),
+    ("key_twice", "step", 'say(\'{"id":3,"id":3}\\n\')', BridgeError, "twice"),
+    ("stale_id", "step", "reply['id'] -= 1", BridgeError, "id 2, the request had 3"),
+    ("id_of_another_type", "step", "reply['id'] = '3'", BridgeError, "integer id"),
+    ("two_replies", "step", "say(json.dumps(reply) + '\\n')", BridgeError, "more than one reply|without being asked"),
+    ("unknown_key", "step", "reply['bonus'] = 1", BridgeError, r"unknown \['bonus'\]"),
+    ("missing_key", "step", "del reply['reward']", BridgeError, r"lacks \['reward'\]"),
+    ("short_batch", "step", "reply['reward'] = [1.0]", ContractViolation, "batch_size"),
+    ("ragged_observation", "step", "reply['next_obs'][0] = [0.0]", ContractViolation, "obs_shape"),
+    ("null_in_observation", "step", "reply['next_obs'][1][0] = None", ContractViolation, "environment 1.*obs_type"),
+    ("overflow", "step", "reply['next_obs'][1][0] = 1e39", ContractViolation, "environment 1.*obs_dtype"),
+    ("base64_of_wrong_length", "reset", "reply['obs'] = 'AAAA'", ContractViolation, "obs_shape.*3 bytes"),
+    ("base64_of_wrong_alphabet", "reset", "reply['obs'] = '?' * 24", ContractViolation, "obs_type"),
+    ("number_for_flag", "step", "reply['truncated'][0] = 0", ContractViolation, "environment 0.*done_type"),
+    ("no_reset_obs", "step", "reply['reset_obs'] = {}", ContractViolation, "environment 1.*reset_obs.*got none"),
+    ("reset_obs_unasked", "step", "reply['terminated'][1] = False", ContractViolation, "environment 1.*did not finish"),
+    ("reset_obs_of_nobody", "step", "reply['reset_obs']['2'] = [0, 0]", ContractViolation, "reset_obs"),
+    (
+        "failed_request",
+        "step",
+        "reply = {'id': 3, 'ok': False, 'error': 'boom', 'env': 1}",
+        BridgeError,
+        "environment 1.*boom",
+    ),
+    ("malformed_error", "step", "reply = {'id': 3, 'ok': False}", BridgeError, r"lacks \['error'\]"),
+    (
+        "hang_with_child",
+        "step",
+        "subprocess.Popen(['sleep', '60']); time.sleep(60)",
+        BridgeError,
+        "no whole reply within 1 s",
+    ),
+    ("hang_ignoring_sigterm", "step", "signal.signal(15, signal.SIG_IGN); time.sleep(60)", BridgeError, "within 1 s"),
+    ("hang_stopped", "step", "os.kill(os.getpid(), signal.SIGSTOP)", BridgeError, "within 1 s"),
+    ("half_a_line_then_silence", "step", "say('{\"id\":'); time.sleep(60)", BridgeError, "within 1 s; so far.*id"),
+    ("slow_drip", "step", "[(say(' '), time.sleep(0.1)) for _ in range(600)]", BridgeError, "within 1 s"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "faulty", "fault", "error", "message"), FAULT_ROWS, ids=[row[0] for row in FAULT_ROWS]
+)
+def test_fault(workplace, name, faulty, fault, error, message):
+    slow = name.startswith(("hang", "half", "slow"))
+    session = fake_session(workplace, faulty, fault, timeout=1.0 if slow else 20.0)
+    started = time.monotonic()
+    with pytest.raises((BridgeError, ContractViolation)) as caught:  # noqa: PT012
+        session.reset(0)
+        started = time.monotonic()
+        session.step([0, 1])
+        session.step([0, 1])  # a second reply to one request may be seen only now
+    assert type(caught.value) is error
+    assert re.search(message, str(caught.value), re.DOTALL)
+    if slow:
+        assert time.monotonic() - started < 1.0 + 0.5 + 1.0  # timeout, killing, and a loaded machine
+    pid = int(re.search(r"server pid (\d+)", str(caught.value))[1])
+    assert_gone(pid)
+    with pytest.raises(BridgeError, match="dead"):
+        session.step([0, 1])
+
+
+def test_a_fake_server_without_fault_is_understood(workplace):
+    """Lists instead of base64, and an environment that finishes: what the rows above deviate from."""
+    with fake_session(workplace, "none", "pass") as session:
+        assert session.reset(0).tolist() == [[0.0, 0.0], [0.5, 0.5]]
+        transition = session.step([0, 1])
+        assert transition.next_observation.tolist() == [[0.0, 0.25], [0.5, 0.5]]
+        assert transition.done.tolist() == [False, True]
+        assert session.observation.tolist() == [[0.0, 0.25], [0.0, 0.0]]
+
+
+def test_a_command_that_does_not_exist():
+    with pytest.raises(BridgeError, match=r"start: cannot start .*no_such_command"):
+        GymnasiumSession("CartPole-v1", CARTPOLE, server_command=["no_such_command"])
+
+
+def test_an_environment_that_raises_shows_its_own_traceback():
+    kwargs = {"case": "1 / 0"}
+    session = GymnasiumSession("odd_envs:Odd-v0", ODD, 3, 2, kwargs)
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match=r"(?s)step 2, environment 1: .*ZeroDivisionError.*odd_envs\.py") as caught:
+        session.step([0, 0, 0])
+    for server in session._servers:
+        assert_gone(server.process.pid)
+    assert "server pid" in str(caught.value)
+
+
+def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
+    case = (
+        "print('from print'); os.system('echo from echo'); os.write(1, b'from write\\n'); obs[0] = len(os.read(0, 9))"
+    )
+    with GymnasiumSession("odd_envs:Odd-v0", ODD, 3, make_kwargs={"case": case}) as session:
+        session.reset(0)
+        session.step([0, 0, 0])
+        assert session.step([0, 0, 0]).next_observation[1, 0] == 0  # end of file
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert [f"from {what}" in captured.err for what in ("print", "echo", "write")] == [True] * 3
+
+
+@pytest.mark.parametrize("hang", ["", "time.sleep(60)"])
+def test_no_server_outlives_a_killed_trainer(workplace, hang):
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from gym_bridge import *
+session = GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 2, {{"case": "import time; {hang or 'pass'}"}})
+print(*[server.process.pid for server in session._servers], flush=True)
+session.reset(0)
+while True: session.step([0, 0])
+"""], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    time.sleep(0.5)
+    trainer.kill()
+    trainer.wait()
+    for pid in pids:
+        assert_gone(pid)
+    trainer.stdout.close()
+
+
+def test_a_person_can_hold_the_conversation():
+    typed = """{"id": 1, "cmd": "describe"}
+{"id": 2, "cmd": "reset", "seed": 1}
+{"id": 3, "cmd": "step", "actions": [0, 1]}
+what?
+{"id": "five", "cmd": "step", "actions": [0, 9]}
+{"id": 6, "cmd": "close"}
+"""
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1", "--num-envs", "2"]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", 6]
+    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True]
+    assert replies[0]["obs_high"] == [pytest.approx(4.8), None, pytest.approx(math.radians(24)), None]
+    assert np.shape(replies[1]["obs"]) == (2, 4)
+    assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})
+    assert replies[4]["rule"] == "action_range"
+
+
+def test_the_server_never_imports_torch():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gym_bridge; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # (T, 1)
+
+
+def flags(*values):
+    return torch.tensor(values, dtype=torch.bool).unsqueeze(1)  # (T, 1)
+
+
+@pytest.mark.parametrize(
+    ("terminated", "truncated", "expected"),
+    [
+        # gamma = 0.5, lambda = 0.5; r = 1, 2; V = 4, 8; V' = 6, 10.
+        # delta_0 = 1 + 0.5 * 6 - 4 = 0 (terminated: 1 - 4 = -3); delta_1 = 2 + 0.5 * 10 - 8 = -1
+        (False, False, [0 + 0.25 * -1, -1]),
+        (True, False, [-3, -1]),
+        (False, True, [0, -1]),
+        (True, True, [-3, -1]),
+    ],
+    ids=["continue", "terminate", "truncate", "both"],
+)
+def test_gae_by_hand(terminated, truncated, expected):
+    advantages = ppo.gae(
+        column(1, 2), column(4, 8), column(6, 10), flags(terminated, False), flags(truncated, False), 0.5, 0.5
+    )
+    assert advantages.squeeze(1).tolist() == expected
+
+
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), gamma=st.floats(0, 1), gae_lambda=st.floats(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda):
+    """V(s_t) + A_t is the lambda-return: the average of the n-step returns with weights (1 - lambda) lambda^(n-1)."""
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, steps, 2))
+    terminated, truncated = rng.random((2, steps, 2)) < 0.2
+    tensors = [torch.from_numpy(array) for array in (rewards, values, next_values, terminated, truncated)]
+    ours = ppo.gae(*tensors, gamma, gae_lambda).numpy()
+    for env in range(2):
+        for t in range(steps):
+            last = next((k for k in range(t, steps) if terminated[k, env] or truncated[k, env]), steps - 1)
+            n_step_returns = []
+            for n in range(1, last - t + 2):
+                end = t + n - 1
+                bootstrap = 0.0 if terminated[end, env] else gamma**n * next_values[end, env]
+                n_step_returns.append(sum(gamma**k * rewards[t + k, env] for k in range(n)) + bootstrap)
+            weights = [(1 - gae_lambda) * gae_lambda ** (n - 1) for n in range(1, len(n_step_returns))]
+            weights.append(gae_lambda ** (len(n_step_returns) - 1))
+            # Unless V' is the next row's V, as within an episode, the n-step returns carry its correction.
+            corrections = sum(
+                (gamma * gae_lambda) ** (k - t + 1) * (next_values[k, env] - values[k + 1, env]) for k in range(t, last)
+            )
+            expected = sum(w * g for w, g in zip(weights, n_step_returns, strict=True)) - values[t, env]
+            direct = 0.0
+            for k in range(t, last + 1):
+                bootstrap = 0.0 if terminated[k, env] else next_values[k, env]
+                direct += (gamma * gae_lambda) ** (k - t) * (rewards[k, env] + gamma * bootstrap - values[k, env])
+            assert ours[t, env] == pytest.approx(direct, abs=1e-9)
+            assert ours[t, env] == pytest.approx(expected + corrections, abs=1e-9)
+
+
+def test_gae_and_ppo_loss_run_when_pasted_under_import_torch():
+    """As a researcher would: cut the two functions out of the file and paste them into an empty one."""
+    source = (HERE / "ppo_cartpole.py").read_text()
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    pasted = [ast.get_source_segment(source, node) for node in functions if node.name in ("gae", "ppo_loss")]
+    program = (
+        "\n\n".join(["import torch", *pasted])
+        + """
+zeros = torch.zeros(3, 2)
+print(gae(zeros + 1, zeros, zeros, zeros.bool(), zeros.bool(), 1.0, 1.0).tolist())
+actions, zero, one = torch.tensor([0, 1]), torch.zeros(2), torch.ones(2)
+loss, info = ppo_loss(torch.zeros(2, 2), zero, actions, zero, torch.eye(2)[0], one)
+print(loss.item() == (info["policy_loss"] + 0.5 * info["value_loss"]).item())
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["[[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]", "True"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO loss
+
+
+def loss_oracle(logits, values, actions, old_log_probs, advantages, returns, clip, vf, ent):
+    """Equations 7 and 9 of the PPO paper sample by sample, in double precision, without torch."""
+    size = len(actions)
+    mean = sum(advantages) / size
+    std = math.sqrt(sum((a - mean) ** 2 for a in advantages) / (size - 1))
+    surrogate = value_error = entropy = kl = clipped = 0.0
+    for row, value, action, old, advantage, target in zip(
+        logits, values, actions, old_log_probs, advantages, returns, strict=True
+    ):
+        partition = sum(math.exp(logit) for logit in row)
+        probabilities = [math.exp(logit) / partition for logit in row]
+        ratio = probabilities[action] / math.exp(old)
+        normalised = (advantage - mean) / (std + 1e-8)
+        if normalised >= 0:
+            surrogate += normalised * min(ratio, 1 + clip) / size
+        else:
+            surrogate += normalised * max(ratio, 1 - clip) / size
+        value_error += (value - target) ** 2 / size
+        entropy -= sum(p * math.log(p) for p in probabilities) / size
+        kl += (ratio - 1 - math.log(ratio)) / size
+        clipped += (not 1 - clip <= ratio <= 1 + clip) / size
+    return -surrogate + vf * value_error - ent * entropy, {
+        "policy_loss": -surrogate,
+        "value_loss": value_error,
+        "entropy": entropy,
+        "approx_kl": kl,
+        "clip_fraction": clipped,
+    }
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(2, 9), clip=st.floats(0.05, 0.4), ent=st.floats(0, 0.1))
+@settings(deadline=None, max_examples=60)
+def test_ppo_loss_against_the_oracle(seed, size, clip, ent):
+    rng = np.random.default_rng(seed)
+    logits, old_logits = rng.normal(size=(2, size, 3))
+    actions = rng.integers(0, 3, size)
+    old = torch.from_numpy(old_logits).log_softmax(-1).numpy()[np.arange(size), actions]
+    values, advantages, returns = rng.normal(size=(3, size))
+    arrays = (logits, values, actions, old, advantages, returns)
+    loss, info = ppo.ppo_loss(*(torch.from_numpy(array) for array in arrays), clip, 0.5, ent)
+    expected_loss, expected_info = loss_oracle(*(array.tolist() for array in arrays), clip, 0.5, ent)
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-9)
+    assert {key: value.item() for key, value in info.items()} == pytest.approx(expected_info, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "sign"),
+    [
+        (1, 0.5, +1),  # good and less likely than it was: make it more likely
+        (1, 1.1, +1),
+        (1, 1.3, 0),  # good, but already more than 1 + eps times as likely: no further
+        (-1, 1.5, -1),  # bad and more likely than it was: make it less likely
+        (-1, 0.9, -1),
+        (-1, 0.7, 0),  # bad, but already less than 1 - eps times as likely: no further
+    ],
+)
+def test_the_clip_cuts_the_gradient_on_the_far_side_only(advantage, ratio, sign):
+    logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    actions = torch.tensor([0, 0])
+    old_log_probs = torch.log(torch.tensor([0.5 / ratio, 0.5], dtype=torch.float64))
+    advantages = torch.tensor([advantage, -advantage], dtype=torch.float64)  # the second only makes a mean of 0
+    loss, _ = ppo.ppo_loss(logits, torch.zeros(2), actions, old_log_probs, advantages, torch.zeros(2), clip_coef=0.2)
+    loss.backward()
+    assert np.sign(-logits.grad[0, 0].item()) == sign  # the direction in which descent moves the action's logit
+
+
+def test_entropy_bonus_and_value_loss_pull_the_right_way():
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    values = torch.tensor([0.0, 0.0], requires_grad=True)
+    zeros = torch.zeros(2)
+    loss, _ = ppo.ppo_loss(logits, values, torch.tensor([0, 1]), zeros, zeros, torch.tensor([2.0, -2.0]), ent_coef=1.0)
+    loss.backward()
+    assert (logits.grad[:, 0] > 0).all()  # towards undecided
+    assert values.grad.sign().tolist() == [-1, 1]  # towards the returns
+
+
+def test_the_kl_estimate_is_unbiased_and_never_negative():
+    """Averaged over the actions of the old policy, the estimator is the exact KL(old, new)."""
+    old = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    new = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    exact = (old * (old / new).log()).sum()
+    estimate = 0.0
+    for action in range(3):
+        twice = torch.tensor([action, action])
+        _, info = ppo.ppo_loss(
+            new.log().repeat(2, 1), torch.zeros(2), twice, old.log()[twice], torch.tensor([1.0, -1.0]), torch.zeros(2)
+        )
+        assert info["approx_kl"] >= 0
+        estimate += old[action] * info["approx_kl"]
+    assert estimate.item() == pytest.approx(exact.item())
+
+
+# ------------------------------------------------------------------------------------------------- rollout and evaluate
+
+
+def cartpole_session(num_envs=4):
+    import gymnasium
+
+    return NativeSession([gymnasium.make("CartPole-v1") for _ in range(num_envs)], ppo.CONTRACT)
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    return ppo.Actor((4,), 2), ppo.Critic((4,))
+
+
+def test_a_rollout_goes_on_where_the_last_one_ended():
+    class Fixed(torch.nn.Module):
+        """Always action 2."""
+
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor([-1e9, -1e9, 0.0]))
+
+        def forward(self, observations):
+            return self.bias.expand(*observations.shape[:-1], 3)
+
+    class Sum(torch.nn.Module):
+        def forward(self, observations):
+            return observations.sum(-1)
+
+    with native("Counting", 2, Contract((2,), 3)) as session:
+        session.reset(0)
+        rollouts = [ppo.collect_rollout(session, Fixed(), Sum(), 2) for _ in range(2)]
+    seen = torch.cat([rollout.observations for rollout in rollouts])[:, 0].tolist()
+    reached = torch.cat([rollout.next_observations for rollout in rollouts])[:, 0].tolist()
+    assert seen == [[1, 0], [1, 1], [1, 2], [2, 0]]
+    assert reached == [[1, 1], [1, 2], [1, 3], [2, 1]]
+    assert rollouts[0].rewards.tolist() == [[12, 12], [12, 12]]
+    assert rollouts[1].terminated.tolist() == [[True, True], [False, False]]
+    assert rollouts[1].values.tolist() == [[3, 3], [2, 2]]  # V(s)
+    assert rollouts[1].next_values.tolist() == [[4, 4], [3, 3]]  # V(s'), before the reset
+    assert rollouts[1].log_probs.tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_rollout_out_of_step_cannot_be_made():
+    with cartpole_session() as session:
+        session.reset(0)
+        rollout = ppo.collect_rollout(session, *networks(), 3)
+    for field in dataclasses.fields(rollout):
+        with pytest.raises(ValueError, match=field.name):
+            dataclasses.replace(rollout, **{field.name: getattr(rollout, field.name)[:-1]})
+
+
+def test_actions_are_sampled_from_the_policy():
+    class Coin(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.log(torch.tensor([0.2, 0.8])))
+
+        def forward(self, observations):
+            return self.logits.expand(*observations.shape[:-1], 2)
+
+    torch.manual_seed(0)
+    with cartpole_session(8) as session:
+        session.reset(0)
+        rollout = ppo.collect_rollout(session, Coin(), networks()[1], 250)
+    assert rollout.actions.float().mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 2000))
+    expected = torch.where(rollout.actions == 1, math.log(0.8), math.log(0.2))
+    assert torch.allclose(rollout.log_probs, expected)
+
+
+def test_ratio_is_exactly_one_before_the_first_step(monkeypatch):
+    """In the real training loop: the first minibatch of every update."""
+    infos = []
+    original = ppo.ppo_loss
+
+    def recorded(*args):
+        loss, info = original(*args)
+        infos.append(info)
+        return loss, info
+
+    monkeypatch.setattr(ppo, "ppo_loss", recorded)
+    args = ppo.Args(updates=3, update_epochs=2, num_minibatches=4, eval_episodes=1, eval_max_steps=5)
+    ppo.train(args, cartpole_session(8))
+    first, later = infos[:: 2 * 4], [info for k, info in enumerate(infos) if k % 8]
+    assert len(first) == 3
+    assert [info["approx_kl"].item() for info in first] == [0.0, 0.0, 0.0]
+    assert [info["clip_fraction"].item() for info in first] == [0.0, 0.0, 0.0]
+    assert all(info["approx_kl"] > 0 for info in later)
+
+
+def test_one_update_changes_both_networks_and_target_kl_cuts_epochs():
+    quick = {"eval_episodes": 1, "eval_max_steps": 5, "updates": 1, "num_minibatches": 4, "update_epochs": 6}
+    before = ppo.train(dataclasses.replace(ppo.Args(**quick), learning_rate=1e-30), cartpole_session(8)).snapshot
+    after = ppo.train(ppo.Args(**quick), cartpole_session(8)).snapshot
+    for network in "actor", "critic":
+        for name, weights in before[network].items():
+            assert not torch.equal(weights, after[network][name]), f"{network} {name}"
+    steps = [
+        ppo.train(ppo.Args(**quick, target_kl=kl), cartpole_session(8)).snapshot["optimizer"]["state"][0]["step"].item()
+        for kl in (1e-9, 1e9)
+    ]
+    assert steps == [4, 24]
+
+
+def test_annealing_lets_the_learning_rate_fall_linearly(monkeypatch):
+    rates = []
+    original = ppo.Adam.step
+
+    def recorded(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ppo.Adam, "step", recorded)
+    args = ppo.Args(
+        updates=4,
+        anneal_lr=True,
+        learning_rate=0.008,
+        update_epochs=1,
+        num_minibatches=1,
+        eval_episodes=1,
+        eval_max_steps=5,
+    )
+    ppo.train(args, cartpole_session(2))
+    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
+
+
+def test_the_lean_adam_is_torch_adam():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+    optimizers = [
+        kind([weight], lr=0.1, eps=1e-5, fused=True)
+        for kind, weight in zip((ppo.Adam, torch.optim.Adam), weights, strict=True)
+    ]
+    for k in range(5):
+        for optimizer, weight in zip(optimizers, weights, strict=True):
+            optimizer.zero_grad()
+            (weight * weight * (k + 1)).sum().backward()
+            optimizer.step()
+    assert torch.equal(*weights)
+    assert "torch._dynamo" not in subprocess.run(
+        [sys.executable, "-c", "import sys, ppo_cartpole as p; a = p.Adam([p.nn.Parameter(p.torch.ones(2))]); a.step();"
+         "print([name for name in sys.modules if name == 'torch._dynamo'])"],
+        capture_output=True, text=True, cwd=HERE).stdout  # fmt: skip
+
+
+def test_evaluation_is_greedy_and_every_environment_counts_once():
+    class Stay(torch.nn.Module):
+        """Prefers action 1, by a hair: sampling would often take another."""
+
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.tensor([0.0, 0.001, 0.0]))
+
+        def forward(self, observations):
+            return self.bias.expand(*observations.shape[:-1], 3)
+
+    with native("Counting", 2, Contract((2,), 3)) as session:
+        # Rounds of 2; episode 1 has 3 steps of reward 11, the next round plays episode 3 (reset during 2 discards it).
+        returns = ppo.evaluate(session, Stay(), 3, seed=0, max_steps=100)
+        assert returns.tolist() == [33.0, 33.0, 3 * 31.0]
+        assert ppo.evaluate(session, Stay(), 2, seed=0, max_steps=1).tolist() == [51.0, 51.0]  # cut short
+
+
+def test_the_wider_actor_starts_undecided_and_the_critic_near_zero():
+    actor, critic = networks()
+    observations = torch.randn(100, 4)
+    probabilities = actor(observations).softmax(-1)
+    assert (probabilities - 0.5).abs().max() < 0.02
+    assert critic(observations).shape == (100,)
+    for layer, gain in ((actor.net[1], math.sqrt(2)), (actor.net[5], 0.01), (critic.net[5], 1.0)):
+        small = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
+        assert torch.allclose(small @ small.T, gain**2 * torch.eye(len(small)), atol=1e-5)  # orthogonal
+        assert not layer.bias.any()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_it_learns():
+    """From a session in this process, default arguments: at least 475 over 100 fresh greedy episodes."""
+    run = ppo.train(ppo.Args(seed=11), cartpole_session(8))
+    assert run.solved
+    assert run.final_returns.shape == (100,)
+    assert run.final_returns.mean() >= 475
+    assert run.history["avg_return"][0] < 475
+    assert run.history["explained_variance"][-1] == pytest.approx(1, abs=2)
+
+
+def run_script(*flags, script="ppo_cartpole.py", timeout=100, **environment):
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+SHORT = ["--updates", "4", "--eval-every", "2", "--eval-episodes", "3", "--eval-max-steps", "50"]
+
+
+def read_log(path="data/rl/ppo_cartpole_trainlog.json"):
+    def refuse(token):
+        raise ValueError(token)
+
+    return json.loads(Path(path).read_text(), parse_constant=refuse)  # strict JSON
+
+
+def notes(log):
+    return dict(note.split("=", 1) for note in log["notes"])
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """One short run from the command line that several tests look at."""
+    folder = tmp_path_factory.mktemp("short_run")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ppo_cartpole.py"), "--seed", "3", *SHORT],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    return folder, done
+
+
+def test_what_a_run_shows(short_run):
+    _, done = short_run
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:-1]] == ["update 0/4", "update 2/4", "update 4/4"]
+    for word in "steps", "/s", "left", "sampled", "greedy", "KL", "entropy":
+        assert word in lines[1]
+    assert re.match(r"not solved: CartPole-v1, greedy return [\d.]+ ± [\d.]+ over 100 fresh episodes", lines[-1])
+    assert "1,024 environment steps" in lines[-1]
+    assert "data/rl/ppo_cartpole.pt" in lines[-1]
+
+
+def test_what_the_log_says(short_run):
+    folder, done = short_run
+    log = read_log(folder / "data/rl/ppo_cartpole_trainlog.json")
+    assert list(log) == ["title", "steps", "series", "notes"]
+    assert log["title"] == "PPO on CartPole-v1, seed 3"
+    assert log["steps"] == [0, 2, 4]
+    names = (
+        "avg_return sampled_return approx_kl clip_fraction entropy policy_loss value_loss explained_variance env_steps"
+    )
+    assert [series["name"] for series in log["series"]] == names.split()
+    for series in log["series"]:
+        assert list(series) == ["name", "values", "color"]
+        assert len(series["values"]) == 3
+        assert all(isinstance(value, (int, float)) for value in series["values"][1:])
+    by_name = {series["name"]: series["values"] for series in log["series"]}
+    assert by_name["env_steps"] == [0, 512, 1024]
+    assert by_name["approx_kl"][0] == "NaN"  # nothing was learned yet
+    assert 0 < by_name["entropy"][1] <= math.log(2) + 1e-6
+    found = notes(log)
+    for argument in dataclasses.fields(ppo.Args):
+        assert argument.name in found
+    assert (found["seed"], found["violations"], found["device"]) == ("3", "0", "cpu")
+    assert f"{int(found['transitions_checked']):,} transitions checked" in done.stdout
+    assert found["version_torch"] == torch.__version__
+    assert "version_gymnasium" in found
+
+
+def test_the_picture_is_self_contained_svg(short_run):
+    from xml.etree import ElementTree
+
+    folder, _ = short_run
+    text = (folder / "data/rl/ppo_cartpole_trainlog.svg").read_text()
+    words = [element.text for element in ElementTree.fromstring(text).iter() if element.text and element.text.strip()]
+    for word in "PPO on CartPole-v1, seed 3", "environment steps", "return per episode", "solved: 475", "greedy policy":
+        assert word in words
+    assert text.count("<polyline") == 2
+    assert "href" not in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-workers", "2"]], ids=["again", "2 workers"])
+def test_one_seed_fixes_the_log(short_run, flags):
+    folder, _ = short_run
+    assert run_script("--seed", "3", *SHORT, *flags).returncode == 0
+    ours, theirs = read_log(), read_log(folder / "data/rl/ppo_cartpole_trainlog.json")
+    different = {key for key, value in notes(ours).items() if value != notes(theirs)[key]}
+    assert different <= {"wall_seconds", "steps_per_second", "num_workers"}
+    assert {**ours, "notes": []} == {**theirs, "notes": []}
+    other = run_script("--seed", "4", *SHORT) and read_log()
+    assert other["series"][0] != ours["series"][0]
+
+
+def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
+    folder, _ = short_run
+    checkpoint = str(folder / "data/rl/ppo_cartpole.pt")
+    half = ["--checkpoint", "half.pt", "--log", "half.json"]
+    assert run_script("--seed", "3", *SHORT, "--updates", "2", *half).returncode == 0
+    assert run_script("--resume", "--updates", "4", *half).returncode == 0
+    whole, resumed = (torch.load(path, weights_only=True) for path in (checkpoint, "half.pt"))
+    assert (resumed["update"], resumed["env_steps"], resumed["steps"]) == (4, 1024, [0, 2, 4])
+    assert resumed["args"] == {**whole["args"], "checkpoint": "half.pt", "log": "half.json", "resume": True}
+    assert resumed["history"]["avg_return"][:2] == whole["history"]["avg_return"][:2]
+    assert resumed["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"]
+    assert read_log("half.json")["steps"] == [0, 2, 4]
+
+
+def test_the_checkpoint_is_data_only(short_run):
+    folder, _ = short_run
+    state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
+    assert state["args"]["seed"] == 3
+    assert state["update"] == 4
+    actor = ppo.Actor((4,), 2)
+    actor.load_state_dict(state["actor"])
+
+
+def test_watch_plays_the_checkpoint(short_run):
+    folder, _ = short_run
+    flags = ["--watch", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--eval-episodes", "2"]
+    done = run_script(*flags, "--eval-max-steps", "5", SDL_VIDEODRIVER="dummy")
+    assert done.stdout.splitlines() == ["episode 1: return 5", "episode 2: return 5"], done.stderr
+    Path("pygame.py").write_text("raise ImportError")  # as if it were not installed
+    done = run_script(*flags, PYTHONPATH=os.getcwd())
+    assert done.returncode == 2
+    assert "pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_environment_needs_no_change():
+    done = run_script("--env-id", "odd_envs:Counting-v0", "--num-steps", "8", *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("finished: odd_envs:Counting-v0")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_leaves_with_130(times):
+    script = str(HERE / "ppo_cartpole.py")
+    process = subprocess.Popen(
+        [sys.executable, "-u", script, "--solved-return", "9999", "--updates", "9999", "--eval-every", "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "update 3/" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.3)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "saved everything up to update" in err
+    state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
+    assert state["update"] >= 3
+    assert read_log()["steps"][-1] == state["update"]
+    assert run_script("--resume", "--updates", str(state["update"] + 2), "--solved-return", "9999").returncode == 0
+
+
+def test_a_violation_ends_the_run_and_keeps_what_was_learned():
+    Path("sick.py").write_text("""
+import gymnasium, numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
+class Sick(CartPoleEnv):
+    steps = 0
+    def step(self, action):
+        Sick.steps += 1
+        obs, *rest = super().step(action)
+        return (obs * np.nan if Sick.steps == 2500 else obs), *rest
+gymnasium.register("Sick-v0", Sick, max_episode_steps=500)
+""")
+    done = run_script("--env-id", "sick:Sick-v0", "--updates", "100", "--eval-every", "4", "--eval-episodes", "2",
+                      "--eval-max-steps", "20")  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"step \d+, environment \d: contract rule obs_finite broken", done.stderr)
+    state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
+    assert state["update"] == 2499 // (8 * 32)
+    assert notes(read_log())["violations"] == "1"
+    assert all(torch.isfinite(weights).all() for weights in state["actor"].values())
+
+
+# name, flags, what the message says
+PERSON_ROWS = [
+    ("unknown_flag", ["--sed", "1"], "--sed"),
+    ("zero_envs", ["--num-envs", "0"], "--num-envs must be at least 1"),
+    ("negative_updates", ["--updates", "-3"], "--updates must be at least 1"),
+    ("too_many_workers", ["--num-workers", "9"], "--num-workers must be at most num_envs"),
+    ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide"),
+    ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
+    ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
+    ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
+    ("checkpoint_is_folder", ["--checkpoint", "."], "cannot write ."),
+    ("no_cuda", ["--cuda"], "no CUDA device"),
+    ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
+    ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),
+    ("continuous_actions", ["--env-id", "Pendulum-v1"], "Box(-2.0, 2.0, (1,), float32); supported is Discrete"),
+    ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
+    ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "supported is Box"),
+    ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
+    ("no_checkpoint", ["--resume"], "there is no checkpoint"),
+    ("damaged_checkpoint", ["--resume", "--checkpoint", "odd_envs.py"], "not a readable checkpoint"),
+    ("nothing_to_watch", ["--watch"], "there is no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), PERSON_ROWS, ids=[row[0] for row in PERSON_ROWS])
+def test_bad_input_gets_one_clear_message(name, flags, message):
+    if name == "no_cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has what the row needs missing")
+    done = run_script(*flags)
+    assert done.returncode == 2
+    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stderr)
+    assert message in shown
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_checkpoint_of_another_environment_is_refused(short_run):
+    folder, _ = short_run
+    done = run_script("--resume", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--env-id", "Acrobot-v1")
+    assert done.returncode == 2
+    assert "is a checkpoint of CartPole-v1, not of Acrobot-v1" in done.stderr
+
+
+def test_help_names_every_flag_and_says_what_it_does():
+    done = run_script("--help", COLUMNS="120")
+    assert done.returncode == 0
+    for argument in dataclasses.fields(ppo.Args):
+        assert f"--{argument.name.replace('_', '-')}" in done.stdout
+    assert "epsilon, how far the probability ratio may move" in done.stdout
