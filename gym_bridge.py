@@ -64,6 +64,7 @@ PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: a slow import or level load fits in, a hang is noticed within a coffee sip
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: a process that ignores the first will not need more
+AWAKE = 3e-4  # seconds to look at the pipe again and again before sleeping on it: a sleeper wakes up slow and cold
 MAX_LINE_BYTES = 64 << 20  # a reply longer than this is a line without end, and must not fill the trainer's memory
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image is 3 MiB)
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
@@ -230,7 +231,7 @@ class Contract:
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(_command(env_id, 1, make_kwargs, server_command), timeout, env_id, 0, 1)
+        server = _Server(_command(env_id, 1, make_kwargs, server_command, 0.0), timeout, env_id, 0, 1, 0.0)
         try:
             return server.describe()[0]
         finally:
@@ -551,9 +552,10 @@ class GymnasiumSession(CheckedSession):
     def _spawn(self, _: None) -> None:
         env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
         firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
+        awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
         for first, end in pairwise(firsts):
-            command = _command(env_id, end - first, make_kwargs, server_command)
-            self._servers.append(_Server(command, timeout, env_id, first, end - first))
+            command = _command(env_id, end - first, make_kwargs, server_command, awake)
+            self._servers.append(_Server(command, timeout, env_id, first, end - first, awake))
 
     def _connect(self, _: None) -> None:
         for server in self._servers:
@@ -678,11 +680,13 @@ class _Environments:
 class _Server:
     """One server process, seen from the trainer: its pipes, the ids of its replies, its last words."""
 
-    def __init__(self, command: list[str], timeout: float, env_id: str, first_env: int, num_envs: int) -> None:
+    def __init__(
+        self, command: list[str], timeout: float, env_id: str, first_env: int, num_envs: int, awake: float
+    ) -> None:
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
         self.env_id, self.first_env, self.num_envs, self.timeout = env_id, first_env, num_envs, timeout
-        self.last_id = 0
+        self.last_id, self.awake = 0, awake
         try:
             self.process = subprocess.Popen(
                 command,
@@ -718,7 +722,7 @@ class _Server:
                 try:
                     data = data[os.write(self.stdin, data) :]
                 except BlockingIOError:
-                    if not self.writable.poll(_milliseconds(deadline)):
+                    if not _poll(self.writable, deadline):
                         self._fail(f"the server has not read its request within {self.timeout:g} s")
         except BrokenPipeError:
             self._fail("the server hung up")
@@ -780,7 +784,7 @@ class _Server:
         """What the server writes until there is a line end in it."""
         chunks: list[bytes] = []
         while not chunks or b"\n" not in chunks[-1]:
-            if not self.readable.poll(_milliseconds(deadline)):
+            if not _poll(self.readable, deadline, self.awake):
                 self._fail(f"no whole reply within {self.timeout:g} s; so far {_show(b''.join(chunks))}")
             chunks.append(os.read(self.stdout, 1 << 16))
             if not chunks[-1]:
@@ -807,17 +811,33 @@ class _Server:
                 os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
 
 
-def _milliseconds(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic()) * 1000
+def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
+    """Whether the pipe is ready by the deadline; the first ``awake`` seconds are waited for without sleeping."""
+    sleep = min(time.monotonic() + awake, deadline)
+    while time.monotonic() < sleep:
+        if poller.poll(0):
+            return True
+    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def _cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _command(
-    env_id: str, num_envs: int, make_kwargs: dict[str, Any] | None, server_command: Sequence[str] | None
+    env_id: str,
+    num_envs: int,
+    make_kwargs: dict[str, Any] | None,
+    server_command: Sequence[str] | None,
+    awake: float,
 ) -> list[str]:
     command = list(server_command) if server_command else [sys.executable, "-u", os.path.abspath(__file__)]
     command += ["--env-id", env_id, "--num-envs", str(num_envs)]
     if make_kwargs:
         command += ["--make-kwargs", json.dumps(make_kwargs)]
+    if awake:
+        command += ["--awake", str(awake)]
     if threading.current_thread() is threading.main_thread():  # Linux means the parent *thread*
         command += ["--die-with-parent"]
     return command
@@ -1078,7 +1098,7 @@ def _error(error: Exception) -> dict[str, Any]:
     return {**reply, "traceback": "".join(traceback.format_exception(cause))}
 
 
-def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], wire_in: int, wire_out: int) -> None:
+def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
     """Answer requests until told to close, or until there is nobody left to ask."""
     failure: Exception | None = None
     try:
@@ -1087,8 +1107,14 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], wire_in: int
         envs, contract, about, failure = [], Contract((1,), 1), {}, error
     environments = _Environments(envs, contract)
     command = None
+    request_pipe = select.poll()
+    request_pipe.register(wire_in, select.POLLIN)
     with os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
-        while command != "close" and (line := requests.readline()):
+        while command != "close":
+            if awake:
+                _poll(request_pipe, time.monotonic() + awake, awake)
+            if not (line := requests.readline()):
+                break
             number = None
             try:
                 request = _loads(line)
@@ -1124,6 +1150,7 @@ def _main() -> None:
     parser.add_argument(
         "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
     )
+    parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument(
         "--die-with-parent", action="store_true", help="be killed when the starting thread ends (Linux)"
     )
@@ -1138,7 +1165,7 @@ def _main() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getsid(0) == os.getpid():  # started by a session, in a group of its own
         threading.Thread(target=_leave_with_the_trainer, args=(wire_in,), daemon=True).start()
-    _serve(args.env_id, args.num_envs, args.make_kwargs, wire_in, wire_out)
+    _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 
 if __name__ == "__main__":

@@ -410,26 +410,22 @@ def ppo_loss(
 
 
 @torch.no_grad()
-def evaluate(session: CheckedSession, actor: nn.Module, num_episodes: int, seed: int, max_steps: int) -> np.ndarray:
-    """Undiscounted returns (num_episodes,) of the greedy policy: always the most probable action.
+def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: int) -> np.ndarray:
+    """Undiscounted returns (N,) of the greedy policy, which always takes the most probable action.
 
-    Each environment plays one episode per round, and all of them count: taking the first ``num_episodes`` to finish
-    would favour short ones.
+    One episode in each environment, and every one counts: of many episodes, the first to finish are the short ones.
     """
     device = next(actor.parameters()).device
-    returns: list[np.ndarray] = []
-    for played in range(0, num_episodes, session.num_envs):
-        session.reset(seed + played)
-        total, playing = np.zeros(session.num_envs), np.ones(session.num_envs, bool)
-        for _ in range(max_steps):
-            actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
-            transition = session.step(actions.cpu().numpy())
-            total += transition.reward * playing
-            playing &= ~transition.done
-            if not playing.any():
-                break
-        returns.append(total)
-    return np.concatenate(returns)[:num_episodes]
+    session.reset(seed)
+    returns, playing = np.zeros(session.num_envs), np.ones(session.num_envs, bool)
+    for _ in range(max_steps):
+        actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
+        transition = session.step(actions.cpu().numpy())
+        returns += transition.reward * playing
+        playing &= ~transition.done
+        if not playing.any():
+            break
+    return returns
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -459,8 +455,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         session.reset(run.episode_seed("training"))
         if run.update == 0:  # how good is knowing nothing?
-            seed = run.episode_seed("evaluation")
-            run.log_evaluation(evaluate(eval_session, actor, args.eval_episodes, seed, args.eval_max_steps))
+            run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
         episode_returns = torch.zeros(session.num_envs)
 
         while run.update < args.updates and not run.solved:
@@ -521,14 +516,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Evaluate and log.  Solved means solved twice: in the evaluation, and over 100 episodes never seen before.
             run.complete_update()
             if run.update % args.eval_every == 0 or run.update == args.updates:
-                seed = run.episode_seed("evaluation")
-                run.log_evaluation(evaluate(eval_session, actor, args.eval_episodes, seed, args.eval_max_steps))
-                if run.greedy_return >= run.solved_return or run.update == args.updates:
-                    seed = run.episode_seed("final evaluation")
-                    run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
-        if run.final_returns is None:  # --resume found all updates done
-            seed = run.episode_seed("final evaluation")
-            run.final_returns = evaluate(eval_session, actor, 100, seed, args.eval_max_steps)
+                run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
+                if run.greedy_return >= run.solved_return:
+                    run.evaluate_finally()
+        if not run.solved:
+            run.evaluate_finally()
         run.finish()
     return run
 
@@ -577,7 +569,7 @@ class Run:
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
-        self.seconds_before, self.checked_before = 0.0, 0  # by the runs that this one resumes
+        self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes, and in final evaluations
         self.sampled_returns: list[float] = []  # this and the following: since the last row of the log
         self.losses: list[dict[str, torch.Tensor]] = []
         self.explained_variances: list[torch.Tensor] = []
@@ -662,6 +654,13 @@ class Run:
         self.add_row(float(returns.mean()))
         self.save()
         self.print_line()
+
+    def evaluate_finally(self) -> None:
+        """100 fresh episodes: environments of their own, and seeds that no evaluation has used."""
+        with self.sessions[0].twin(100) as session:
+            seed = self.episode_seed("final evaluation")
+            self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
+            self.checked_before += session.transitions_checked
 
     def add_row(self, greedy_return: float) -> None:
         """A row of the log: the greedy return now, and means of what happened since the row before."""
@@ -876,7 +875,7 @@ def watch(args: Args) -> None:
         raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {error}") from None
     with GymnasiumSession(args.env_id, contract, make_kwargs=make_kwargs, server_command=command) as session:
         for episode in range(args.eval_episodes):
-            (episode_return,) = evaluate(session, actor, 1, args.seed + episode, args.eval_max_steps)
+            (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
 
 

@@ -80,7 +80,8 @@ class Odd(gymnasium.Env):
 
     def step(self, action):
         self.t += 1
-        good = {"obs": np.zeros_like(self.observation_space.low), "reward": 0.5, "terminated": False, "truncated": False, "info": {}}
+        obs = np.zeros_like(self.observation_space.low)
+        good = {"obs": obs, "reward": 0.5, "terminated": False, "truncated": False, "info": {}}
         if self.odd and self.at == "step" and self.t == 2:
             exec(self.case, {"np": np, "os": os, "self": self}, good)
         return tuple(good.values())
@@ -944,13 +945,15 @@ def test_evaluation_is_greedy_and_every_environment_counts_once():
             return self.bias.expand(*observations.shape[:-1], 3)
 
     with native("Counting", 2, Contract((2,), 3)) as session:
-        # Rounds of 2; episode 1 has 3 steps of reward 11, the next round plays episode 3 (reset during 2 discards it).
-        returns = ppo.evaluate(session, Stay(), 3, seed=0, max_steps=100)
-        assert returns.tolist() == [33.0, 33.0, 3 * 31.0]
-        assert ppo.evaluate(session, Stay(), 2, seed=0, max_steps=1).tolist() == [51.0, 51.0]  # cut short
+        assert ppo.evaluate(session, Stay(), seed=0, max_steps=100).tolist() == [33.0, 33.0]  # three steps of episode 1
+        session._envs[0].episode = 1
+        # Environment 0 plays episode 2, of two steps; what it does while the other plays its third is not counted.
+        session._envs[1].episode = 2
+        assert ppo.evaluate(session, Stay(), seed=0, max_steps=100).tolist() == [2 * 21.0, 3 * 31.0]
+        assert ppo.evaluate(session, Stay(), seed=0, max_steps=1)[1] == 51.0  # cut short
 
 
-def test_the_wider_actor_starts_undecided_and_the_critic_near_zero():
+def test_a_new_actor_starts_undecided_and_the_critic_near_zero():
     actor, critic = networks()
     observations = torch.randn(100, 4)
     probabilities = actor(observations).softmax(-1)
