@@ -50,23 +50,22 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-A = TypeVar("A")
 R = TypeVar("R")
 Array = np.ndarray[Any, Any]
 
 PROTOCOL = 1
-TIMEOUT = 60.0  # seconds for one reply: a slow import or level load fits in, a hang is noticed within a coffee sip
+TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
-TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: a process that ignores the first will not need more
-AWAKE = 3e-4  # seconds to look at the pipe again and again before sleeping on it: a sleeper wakes up slow and cold
-MAX_LINE_BYTES = 64 << 20  # a reply longer than this is a line without end, and must not fill the trainer's memory
-MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image is 3 MiB)
+TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: who ignores the first needs no longer wait
+AWAKE = 3e-4  # seconds to look at a pipe again and again before sleeping on it: waking up costs more than a fast step
+MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
+MAX_LINE_BYTES = 512 << 20  # a hundred such images fit in a reply; a line without end must not fill the memory
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
 
 RULES = {
@@ -178,7 +177,7 @@ class Contract:
         object.__setattr__(self, "obs_dtype", dtype.name)
         _limits("reward_range", self.reward_range, ())
         if self.obs_range is not None:
-            object.__setattr__(self, "obs_range", tuple(bound.tolist() for bound in self._obs_range))
+            object.__setattr__(self, "obs_range", tuple(_tuples(bound.tolist()) for bound in self._obs_range))
 
     @cached_property
     def _dtype(self) -> np.dtype[Any]:
@@ -193,6 +192,8 @@ class Contract:
                 return low.astype(self._dtype), high.astype(self._dtype)
         smallest, largest = np.iinfo(self._dtype).min, np.iinfo(self._dtype).max
         low, high = np.ceil(low.clip(smallest)), np.floor(high.clip(None, largest))
+        if (low > high).any():
+            raise ValueError(f"obs_range {_show(self.obs_range)} holds no {self.obs_dtype}")
         if self._dtype.itemsize == 8:  # a float64 cannot hold every such integer, but it can be compared with one
             return low, high
         return low.astype(self._dtype), high.astype(self._dtype)
@@ -264,12 +265,13 @@ class Contract:
 
     def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> Array:
         numbers: list[Any] = list(self._flatten(raw, self.obs_shape, env))
-        allowed = (int, float) if self._dtype.kind == "f" else (int,)
-        limits = np.finfo(self._dtype) if self._dtype.kind == "f" else np.iinfo(self._dtype)
+        floats = self._dtype.kind == "f"
+        limits = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
+        low, high = limits.min.item() if floats else limits.min, limits.max.item() if floats else limits.max
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
+            if type(number) not in (int, float):
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
-            if type(number) not in allowed or not limits.min <= number <= limits.max:  # 1e999 is good JSON
+            if (type(number) is float and not floats) or not low <= number <= high:  # 1e999 is good JSON
                 raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", _show(number), env)
         return np.array(numbers, self._dtype).reshape(self.obs_shape)
 
@@ -346,12 +348,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _tuples(nested: Any) -> Any:
+    """Nested lists as nested tuples, which can be hashed."""
+    return tuple(_tuples(part) for part in nested) if isinstance(nested, list) else nested
+
+
 def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """(low, high) as float64 arrays of ``shape``; without limits, infinities."""
     low, high = limits if limits is not None else (-np.inf, np.inf)
     try:
         arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be numbers of shape {shape}, not {_show(limits)}") from None
     if not (arrays[0] <= arrays[1]).all():
         raise ValueError(f"{name} must have low <= high, not {_show(limits)}")
@@ -411,15 +418,47 @@ class CheckedSession(ABC):
         """(N, *obs_shape): what the next actions are to be chosen from."""
         if self._observation is None:
             raise BridgeError("there is no observation before reset()")
-        return self._observation
+        return self._observation.copy()
 
     def reset(self, seed: int | None = None) -> Array:
         """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns (N, *obs_shape)."""
-        return self._guard("reset", self._checked_reset, seed)
+        with self._guarded("reset"):
+            if seed is not None and not (_is_int(seed) and seed >= 0):
+                raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
+            observation = self._reset(seed)
+            self.contract._check_observations(observation)
+            self._observation = observation
+            return observation.copy()
 
     def step(self, actions: Sequence[int] | Array) -> Transition:
         """Take ``actions`` (N,), one per environment; finished environments begin a new episode."""
-        return self._guard("step", self._checked_step, actions)
+        with self._guarded("step"):
+            if self._observation is None:
+                raise BridgeError("step() before reset()")
+            contract = self.contract
+            action = contract._check_actions(actions, self.num_envs)
+            next_obs, reward, terminated, truncated, reset_obs = self._step(action)
+            contract._check_observations(next_obs)
+            contract._check_rewards(reward)
+            if contract.require_exclusive_done_flags and (terminated & truncated).any():
+                env = int(np.argmax(terminated & truncated))
+                raise ContractViolation("done_exclusive", "terminated or truncated", "both", env)
+            done = terminated | truncated
+            finished = np.flatnonzero(done).tolist()
+            if finished != sorted(reset_obs):
+                env = min(set(finished) ^ set(reset_obs))
+                expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
+                raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
+            observation = next_obs.copy()
+            if finished:
+                first = np.stack([reset_obs[env] for env in finished])
+                contract._check_observations(first, finished)
+                observation[finished] = first
+            transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
+            self._observation = observation
+            self._steps += 1
+            self.transitions_checked += self.num_envs
+            return transition
 
     def close(self) -> None:
         """End everything within 3 seconds, whatever state it is in.  Never raises, may be called again."""
@@ -450,58 +489,22 @@ class CheckedSession(ABC):
         """What an error should say of the process behind environment ``env``."""
         return None
 
-    def _guard(self, stage: str, call: Callable[[A], R], argument: A) -> R:
-        """Call; whatever goes wrong (Ctrl-C too: a reply may be outstanding) ends the session."""
+    @contextlib.contextmanager
+    def _guarded(self, stage: str) -> Iterator[None]:
+        """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session."""
         if self._dead is not None:
             raise BridgeError(f"this session is dead: {self._dead}")
         try:
-            return call(argument)
+            yield
         except BaseException as error:
             if isinstance(error, SessionFailure):
                 error.stage = error.stage or stage
-                error.step = self._steps + 1 if stage == "step" else None
+                error.step = self._steps + 1 if error.stage == "step" else None
                 error.server = self._report(error.env) if error.server is None else error.server
             self._dead = f"{type(error).__name__}: {error}"
             self._observation = None
             self._close(polite=False)
             raise
-
-    def _checked_reset(self, seed: int | None) -> Array:
-        if seed is not None and not (_is_int(seed) and seed >= 0):
-            raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
-        observation = self._reset(seed)
-        self.contract._check_observations(observation)
-        self._observation = observation
-        return observation
-
-    def _checked_step(self, actions: Sequence[int] | Array) -> Transition:
-        if self._observation is None:
-            raise BridgeError("step() before reset()")
-        contract = self.contract
-        action = contract._check_actions(actions, self.num_envs)
-        next_obs, reward, terminated, truncated, reset_obs = self._step(action)
-        contract._check_observations(next_obs)
-        contract._check_rewards(reward)
-        done = terminated | truncated
-        if contract.require_exclusive_done_flags and (terminated & truncated).any():
-            env = int(np.argmax(terminated & truncated))
-            raise ContractViolation("done_exclusive", "terminated or truncated", "both", env)
-        finished = np.flatnonzero(done).tolist()
-        if finished != sorted(reset_obs):
-            env = min(set(finished) ^ set(reset_obs))
-            expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
-            raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
-        observation = next_obs
-        if finished:
-            first = np.stack([reset_obs[env] for env in finished])
-            contract._check_observations(first, finished)
-            observation = next_obs.copy()
-            observation[finished] = first
-        transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
-        self._observation = observation
-        self._steps += 1
-        self.transitions_checked += self.num_envs
-        return transition
 
 
 class GymnasiumSession(CheckedSession):
@@ -536,12 +539,11 @@ class GymnasiumSession(CheckedSession):
         self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
         self._timeout = timeout
         self._connected = False
-        self._decode_reset = partial(_decode_reset, contract)
-        self._decode_step = partial(_decode_step, contract)
         self._servers: list[_Server] = []
-        self._guard("start", self._spawn, None)
-        if wait:
-            self._guard("start", self._connect, None)
+        with self._guarded("start"):
+            self._spawn()
+            if wait:
+                self._connect()
 
     def twin(self, num_envs: int) -> GymnasiumSession:
         env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
@@ -549,7 +551,7 @@ class GymnasiumSession(CheckedSession):
             env_id, contract, num_envs, min(num_workers, num_envs), make_kwargs, timeout, server_command, wait=False
         )
 
-    def _spawn(self, _: None) -> None:
+    def _spawn(self) -> None:
         env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
         firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
@@ -557,7 +559,7 @@ class GymnasiumSession(CheckedSession):
             command = _command(env_id, end - first, make_kwargs, server_command, awake)
             self._servers.append(_Server(command, timeout, env_id, first, end - first, awake))
 
-    def _connect(self, _: None) -> None:
+    def _connect(self) -> None:
         for server in self._servers:
             declared, self.versions = server.describe()
             if complaint := _differ(declared, self.contract):
@@ -567,19 +569,19 @@ class GymnasiumSession(CheckedSession):
 
     def _reset(self, seed: int | None) -> Array:
         if not self._connected:
-            self._connect(None)
+            self._connect()
         deadline = time.monotonic() + self._timeout
         for server in self._servers:
             first = None if seed is None else seed + server.first_env
             server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
-        return np.concatenate([server.receive(self._decode_reset, deadline) for server in self._servers])
+        return np.concatenate([server.receive(deadline, _decode_reset, self.contract) for server in self._servers])
 
     def _step(self, actions: Array) -> _Batch:
         deadline = time.monotonic() + self._timeout
         for server in self._servers:
             own = actions[server.first_env : server.first_env + server.num_envs]
             server.send({"cmd": "step", "actions": own.tolist(), "encoding": "base64"}, deadline)
-        batches = [server.receive(self._decode_step, deadline) for server in self._servers]
+        batches = [server.receive(deadline, _decode_step, self.contract) for server in self._servers]
         if len(batches) == 1:
             return batches[0]
         next_obs, reward, terminated, truncated, reset_obs = zip(*batches, strict=True)
@@ -727,10 +729,10 @@ class _Server:
         except BrokenPipeError:
             self._fail("the server hung up")
 
-    def receive(self, decode: Callable[[dict[str, Any], int], R], deadline: float) -> R:
+    def receive(self, deadline: float, decode: Callable[..., R], *demanded: Any) -> R:
         """The decoded reply to the last request: exactly one line, with its id."""
         try:
-            return decode(self._reply(deadline), self.num_envs)
+            return decode(self._reply(deadline), self.num_envs, *demanded)
         except SessionFailure as failure:  # until here, environments were counted from this server's first
             failure.env = None if failure.env is None else failure.env + self.first_env
             failure.server = self.report() if failure.server is None else failure.server
@@ -741,7 +743,7 @@ class _Server:
         deadline = time.monotonic() + self.timeout
         try:
             self.send({"cmd": "describe"}, deadline)
-            return self.receive(lambda reply, num_envs: _decode_describe(reply, self.env_id, num_envs), deadline)
+            return self.receive(deadline, _decode_describe, self.env_id)
         except SessionFailure as failure:
             failure.stage = "start"
             raise
@@ -783,13 +785,15 @@ class _Server:
     def _read(self, deadline: float) -> bytes:
         """What the server writes until there is a line end in it."""
         chunks: list[bytes] = []
+        size = 0
         while not chunks or b"\n" not in chunks[-1]:
             if not _poll(self.readable, deadline, self.awake):
                 self._fail(f"no whole reply within {self.timeout:g} s; so far {_show(b''.join(chunks))}")
             chunks.append(os.read(self.stdout, 1 << 16))
             if not chunks[-1]:
                 self._fail(f"the server hung up in the middle of a reply: {_show(b''.join(chunks))}")
-            if len(chunks) * (1 << 16) > MAX_LINE_BYTES and sum(map(len, chunks)) > MAX_LINE_BYTES:
+            size += len(chunks[-1])
+            if size > MAX_LINE_BYTES:
                 self._fail(f"the reply is longer than {MAX_LINE_BYTES >> 20} MiB: {_show(chunks[0])}")
         return b"".join(chunks)
 
@@ -809,6 +813,7 @@ class _Server:
             self.stderr_tail = (self.stderr_tail + chunk)[-8192:]
             with contextlib.suppress(OSError):  # the trainer's own stderr may be closed: then nobody is listening
                 os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
+        self.process.stderr.close()
 
 
 def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
@@ -863,9 +868,10 @@ def _end(servers: list[_Server], polite: bool) -> None:
                 pass
         for server in servers:
             server._wait_for_exit(max(0.0, deadline - time.monotonic()))
+    deadline = time.monotonic() + 0.2  # the last words are a matter of moments
     for server in servers:
         server.process.stdout.close()  # type: ignore[union-attr]
-        server.stderr_thread.join(0.2)
+        server.stderr_thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _loads(line: bytes) -> Any:
@@ -908,7 +914,7 @@ def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
     raise failure
 
 
-def _decode_describe(reply: dict[str, Any], env_id: str, num_envs: int) -> tuple[Contract, dict[str, str]]:
+def _decode_describe(reply: dict[str, Any], num_envs: int, env_id: str) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
     for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", num_envs):
@@ -925,7 +931,7 @@ def _decode_describe(reply: dict[str, Any], env_id: str, num_envs: int) -> tuple
         low, high = (_unbound(plain, reply[key], fill) for key, fill in (("obs_low", -np.inf), ("obs_high", np.inf)))
         bounded = np.isfinite(low).any() or np.isfinite(high).any()
         return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
-    except (ValueError, ContractViolation) as error:
+    except (ValueError, OverflowError, ContractViolation) as error:
         declared = {key: reply[key] for key in sorted(spaces)}
         raise ContractViolation("declared_space", f"spaces that can be ({error})", _show(declared)) from None
 
@@ -952,12 +958,12 @@ def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
     return None if same else ContractViolation("declared_space", spaces(demanded), spaces(declared))
 
 
-def _decode_reset(contract: Contract, reply: dict[str, Any], num_envs: int) -> Array:
+def _decode_reset(reply: dict[str, Any], num_envs: int, contract: Contract) -> Array:
     _keys(reply, {"obs"})
     return _decode_observations(reply["obs"], num_envs, contract)
 
 
-def _decode_step(contract: Contract, reply: dict[str, Any], num_envs: int) -> _Batch:
+def _decode_step(reply: dict[str, Any], num_envs: int, contract: Contract) -> _Batch:
     _keys(reply, {"next_obs", "reward", "terminated", "truncated", "reset_obs"})
     next_obs = _decode_observations(reply["next_obs"], num_envs, contract)
     for key in "reward", "terminated", "truncated":

@@ -3,10 +3,10 @@
     python ppo_cartpole.py --seed 1     # learns to balance the pole, a few seconds on a laptop
     python ppo_cartpole.py --watch      # plays what it has learned, in a window
 
-A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands; an
-episode ends when the pole falls (terminated) or after 500 steps (truncated).  Solved is a mean return of 475.  A new
-agent lasts about 10 steps.  Watch the greedy return climb, with approximate KL around 0.01 and entropy falling from
-0.69 (= ln 2, undecided) without reaching 0.
+A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands.  An
+episode ends when the pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).
+Solved is a mean return of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL
+around 0.01 and an entropy that falls from 0.69 (= ln 2, undecided) without reaching 0.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -20,13 +20,13 @@ References
 
 Legend, used in shape comments
     T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (4,)
-    N  environments (--num-envs)              A   number of actions; here 2
+    N  environments (--num-envs)              A   number of actions; here 2 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium>=1.0", "ale-py>=0.10", "tyro>=0.9"]
+# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "ale-py>=0.10", "tyro>=0.9"]
 # ///
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,12 +55,15 @@ import tyro
 
 from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
 
+# ------------------------------------------------------------------- environment and command line (PPO begins below it)
+
 # What this environment promises, and what every observation and transition is held to.
 ENV_ID = "CartPole-v1"
 CONTRACT = Contract(
     obs_shape=(4,),  # position and velocity of the cart, angle and angular velocity of the pole
     n_actions=2,  # push left, push right
     obs_dtype="float32",
+    # Wider than an episode gets (2.4 on the track, 12 degrees): these are the bounds that the environment declares.
     obs_range=([-4.8, -math.inf, -math.radians(24), -math.inf], [4.8, math.inf, math.radians(24), math.inf]),
     reward_range=(0.0, 1.0),
 )
@@ -127,42 +131,34 @@ class Args:
     """what to run in place of this Python for the environments, such as "/other/venv/bin/python gym_bridge.py" """
 
     def __post_init__(self) -> None:
-        """Raises ValueError, with what to do, for values that cannot be."""
-        for name in (
-            "updates",
-            "eval_every",
-            "eval_episodes",
-            "eval_max_steps",
-            "num_envs",
-            "num_workers",
-            "num_steps",
-        ):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("num_minibatches", "update_epochs"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("learning_rate", "clip_coef", "max_grad_norm"):
-            self._require(0 < getattr(self, name) < math.inf, name, "must be positive")
-        for name in ("ent_coef", "vf_coef"):
-            self._require(0 <= getattr(self, name) < math.inf, name, "must not be negative")
-        for name in ("gamma", "gae_lambda"):
-            self._require(0 <= getattr(self, name) <= 1, name, "must lie in 0 .. 1")
-        self._require(self.seed >= 0, "seed", "must not be negative")
-        self._require(self.target_kl is None or self.target_kl > 0, "target_kl", "must be positive")
-        self._require(self.num_workers <= self.num_envs, "num_workers", f"must be at most num_envs ({self.num_envs})")
+        """Raises ValueError, which says what to do, for values that cannot be."""
+        counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps update_epochs"
+        rules: list[tuple[str, Callable[[Any], bool], str]] = [
+            (counts, lambda value: value >= 1, "must be at least 1"),
+            ("num_minibatches", lambda value: value >= 1, "must be at least 1"),
+            ("learning_rate clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
+            ("seed ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("target_kl", lambda value: value is None or value > 0, "must be positive"),
+            ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
+        ]
+        for names, good, rule in rules:
+            for name in names.split():
+                if not good(getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
         batch = self.num_envs * self.num_steps
-        self._require(
-            batch % self.num_minibatches == 0 and batch // self.num_minibatches >= 2,
-            "num_minibatches",
-            f"must divide num_envs * num_steps ({batch}) into parts of at least 2",
-        )
-
-    def _require(self, good: bool, name: str, rule: str) -> None:
-        if not good:
-            raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
+        if batch % self.num_minibatches or batch < 2 * self.num_minibatches:
+            raise ValueError(
+                f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2"
+            )
+        if len({self.log, self.log.with_suffix(".svg"), self.checkpoint}) < 3:
+            raise ValueError(
+                "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
+            )
 
 
 def open_session(args: Args) -> GymnasiumSession:
-    """The training environments.  Returns at once: the servers start up in the background until the first reset."""
+    """The training environments.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
     known = args.env_id == ENV_ID
     make_kwargs = MAKE_KWARGS if known else {}
@@ -172,7 +168,7 @@ def open_session(args: Args) -> GymnasiumSession:
     )
 
 
-class BadInput(ValueError):
+class BadInput(Exception):
     """Something that the person asked for and that cannot be: said in one line, exit code 2."""
 
 
@@ -196,8 +192,9 @@ def stop(message: object, code: int) -> NoReturn:
 
 # As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is being imported.
 STARTED = time.perf_counter()
-EARLY: list[CheckedSession] = []
+EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
     early_args = tyro.cli(Args)
     if not (early_args.resume or early_args.watch):
         try:
@@ -210,9 +207,6 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-
-torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
-
 
 # ---------------------------------------------------------------------------------------------------- actor and critic
 
@@ -229,7 +223,7 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """The policy pi(a|s): for each observation, one logit per action.
 
-    A last layer a hundred times smaller than the others makes a new actor all but undecided between its actions.
+    Its last layer starts out about a hundred times smaller than the others: a new actor is all but undecided.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -289,21 +283,21 @@ class Rollout:
 def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
     """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
 
-    Actions are sampled, not the most probable ones taken: exploration in PPO is nothing else.  Every transition has
-    passed the session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
+    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Every transition has passed the
+    session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
     """
     device = next(actor.parameters()).device
     transitions: list[Transition] = []
     for _ in range(horizon):
         logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
-        actions = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
-        transitions.append(session.step(actions.cpu().numpy()))
+        sampled = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
+        transitions.append(session.step(sampled.cpu().numpy()))
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
-    # The networks see the whole rollout once more, as one batch: cheaper than step by step, and log pi comes from the
-    # very computation that the loss will repeat, so that its first ratio is exactly 1.
+    # The networks see the rollout once more, as one batch.  That is cheaper than a critic at every step, and log pi
+    # comes from the very computation that the loss will repeat: the ratio of the first minibatch is exactly 1.
     observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -344,10 +338,12 @@ def gae(
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11 (and the text below it)
     deltas = rewards + gamma * not_terminated * next_values - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
+    # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
     advantages = torch.zeros_like(deltas)
-    following = torch.zeros_like(deltas[0])
+    next_advantage = torch.zeros_like(deltas[0])  # (N,)
     for t in reversed(range(len(deltas))):
-        following = advantages[t] = deltas[t] + gamma * gae_lambda * not_done[t] * following
+        next_advantage = deltas[t] + gamma * gae_lambda * not_done[t] * next_advantage
+        advantages[t] = next_advantage
     return advantages
 
 
@@ -367,6 +363,11 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate objective of PPO [1], to be minimised.
 
+    The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
+    collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
+    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``.
+    That buys several epochs from one rollout.
+
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
     acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
     detached scalars for the log.
@@ -376,13 +377,14 @@ def ppo_loss(
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
-    # Differs from the paper: advantages are normalised, minibatch by minibatch ([3], detail 7), so that one step size
-    # fits any scale of reward.
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7), so that the entropy bonus and
+    # the gradient clipping mean the same whatever the scale of the rewards.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)]                        [1], eq. 7
-    # The min takes the gradient away exactly where a further step would go too far: a good action (A > 0) is not
-    # made more than 1 + eps times as likely, a bad one (A < 0) not less than 1 - eps times.  A step back is never cut.
+    # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero: it pushes no
+    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction is undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -438,32 +440,34 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     (default: a twin of the session).  Both are closed at the end.
     Raises ContractViolation, BridgeError, BadInput (a bad checkpoint), OSError (the disk is full).
     """
+    torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
+    torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    run = Run(args)
+    run = Run(args)  # counters, log, checkpoint: see Housekeeping
     with contextlib.ExitStack() as resources:
         session = resources.enter_context(session or open_session(args))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
 
-        torch.manual_seed(args.seed)
         contract = session.contract
         actor = Actor(contract.obs_shape, contract.n_actions).to(device)
         critic = Critic(contract.obs_shape).to(device)
         parameters = [*actor.parameters(), *critic.parameters()]
-        optimizer = Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # eps: [3], detail 3
+        optimizer = Adam(parameters, eps=1e-5, fused=True)  # eps: [3], detail 3
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
         if run.update == 0:  # how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
-        episode_returns = torch.zeros(session.num_envs)
+        episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
         while run.update < args.updates and not run.solved:
             # Collect.  Nothing is reset in between: an episode longer than T goes on in the next rollout.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
+            sampled_returns = []  # of the episodes that end in this rollout
             for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
                 episode_returns += rewards
-                run.sampled_returns += episode_returns[done].tolist()
+                sampled_returns += episode_returns[done].tolist()
                 episode_returns[done] = 0
 
             # Estimate advantages, and from them what the critic should have said.
@@ -477,49 +481,48 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             returns = advantages + rollout.values  # TD(lambda) targets ([3], detail 5), before any normalisation
+            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
+            explained_variance = 1 - (returns - rollout.values).var() / returns.var()
 
-            # Optimise.  Old data is used several times over; the clip is what makes that safe.
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.update / args.updates)
-            batch = [
-                column.flatten(0, 1)  # (T * N, ...)
-                for column in (rollout.observations, rollout.actions, rollout.log_probs, advantages, returns)
-            ]
+            # Optimise.
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
+            old_log_probs, advantages, returns = rollout.log_probs.flatten(), advantages.flatten(), returns.flatten()
+            infos = []
             for _ in range(args.update_epochs):
-                kls = []
-                for indices in torch.randperm(len(batch[0]), device=device).chunk(args.num_minibatches):
-                    observations, actions, log_probs, minibatch_advantages, minibatch_returns = (
-                        column[indices] for column in batch
-                    )  # (B, ...)
+                for batch in torch.randperm(len(actions), device=device).chunk(args.num_minibatches):  # (B,) indices
                     loss, info = ppo_loss(
-                        actor(observations),
-                        critic(observations),
-                        actions,
-                        log_probs,
-                        minibatch_advantages,
-                        minibatch_returns,
+                        actor(observations[batch]),
+                        critic(observations[batch]),
+                        actions[batch],
+                        old_log_probs[batch],
+                        advantages[batch],
+                        returns[batch],
                         args.clip_coef,
                         args.vf_coef,
                         args.ent_coef,
                     )
                     optimizer.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    for network in (
+                        actor,
+                        critic,
+                    ):  # each for itself: the critic's gradient is often the far longer one
+                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    kls.append(info["approx_kl"])
-                    run.losses.append(info)
-                if args.target_kl is not None and torch.stack(kls).mean() > args.target_kl:
+                    infos.append(info)
+                epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+                if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
-            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
-            run.explained_variances.append(1 - (returns - rollout.values).var() / returns.var())
 
             # Evaluate and log.  Solved means solved twice: in the evaluation, and over 100 episodes never seen before.
-            run.complete_update()
+            run.complete_update(sampled_returns, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
-                if run.greedy_return >= run.solved_return:
+                if run.greedy_return >= run.solved_return or run.update == args.updates:
                     run.evaluate_finally()
-        if not run.solved:
+        if run.final_returns is None:  # --resume found all updates done
             run.evaluate_finally()
         run.finish()
     return run
@@ -532,13 +535,13 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 SERIES = {  # of the log: name, colour
     "avg_return": "#d1495b",  # mean return of the greedy policy's evaluation
     "sampled_return": "#8d99ae",  # mean return of the training episodes that ended since the row before
-    "approx_kl": "#00798c",  # this and the following: means over the gradient steps since the row before
+    "approx_kl": "#00798c",  # from here to explained_variance: means over the updates since the row before
     "clip_fraction": "#edae49",
     "entropy": "#66a182",
     "policy_loss": "#2e4057",
     "value_loss": "#a23b72",
     "explained_variance": "#5f0f40",
-    "env_steps": "#444444",
+    "env_steps": "#444444",  # so far, in training
 }
 
 
@@ -570,9 +573,8 @@ class Run:
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
         self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes, and in final evaluations
-        self.sampled_returns: list[float] = []  # this and the following: since the last row of the log
-        self.losses: list[dict[str, torch.Tensor]] = []
-        self.explained_variances: list[torch.Tensor] = []
+        self.sampled_returns: list[float] = []  # this and the following: of completed updates since the last row
+        self.infos: list[dict[str, float]] = []
         self.last_line = 0.0
 
     @property
@@ -595,8 +597,14 @@ class Run:
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
+    @property
+    def speed(self) -> float:
+        """Environment steps per second since training began (or was resumed), evaluations included."""
+        steps = self.env_steps - self.began_steps
+        return steps / (time.perf_counter() - self.began) if steps else math.nan
+
     def episode_seed(self, purpose: str) -> int:
-        """For the environments: runs, and training and evaluations within a run, share no episode."""
+        """For the environments: other runs, and training and evaluations within a run, play other episodes."""
         number = ("training", "evaluation", "final evaluation").index(purpose)
         return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0] >> 1)
 
@@ -620,10 +628,12 @@ class Run:
                 self.update, self.env_steps = state["update"], state["env_steps"]
                 self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
                 self.steps, self.history = list(state["steps"]), {name: list(state["history"][name]) for name in SERIES}
+                if state["final_returns"] is not None:
+                    self.final_returns = np.array(state["final_returns"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {error}") from None
         self.snapshot = self.state()
-        self.began, self.began_at = time.perf_counter(), self.update
+        self.began, self.began_steps = time.perf_counter(), self.env_steps
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
@@ -643,10 +653,18 @@ class Run:
             },
         }
 
-    def complete_update(self) -> None:
-        self.update += 1
-        self.env_steps += self.args.num_steps * self.sessions[0].num_envs
-        self.snapshot = self.state()
+    def complete_update(
+        self, sampled_returns: list[float], explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
+    ) -> None:
+        """Take in what an update brought.  From here on, whatever happens, it is kept."""
+        with uninterrupted():
+            self.update += 1
+            self.env_steps += self.args.num_steps * self.sessions[0].num_envs
+            self.final_returns = None  # those of an earlier policy
+            self.sampled_returns += sampled_returns
+            self.infos.append({name: float(torch.stack([info[name] for info in infos]).mean()) for name in infos[0]})
+            self.infos[-1]["explained_variance"] = float(explained_variance)
+            self.snapshot = self.state()
         if sys.stdout.isatty() and time.perf_counter() - self.last_line > 0.1:
             self.print_line()
 
@@ -664,17 +682,13 @@ class Run:
 
     def add_row(self, greedy_return: float) -> None:
         """A row of the log: the greedy return now, and means of what happened since the row before."""
-        row = {"avg_return": greedy_return, "env_steps": self.env_steps}
-        row["sampled_return"] = float(np.mean(self.sampled_returns)) if self.sampled_returns else math.nan
-        for name in ("approx_kl", "clip_fraction", "entropy", "policy_loss", "value_loss"):
-            values = [info[name] for info in self.losses]
-            row[name] = float(torch.stack(values).mean()) if values else math.nan
-        variances = self.explained_variances
-        row["explained_variance"] = float(torch.stack(variances).mean()) if variances else math.nan
+        sampled = float(np.mean(self.sampled_returns)) if self.sampled_returns else math.nan
+        row = {"avg_return": greedy_return, "sampled_return": sampled, "env_steps": self.env_steps}
+        for name, values in self.history.items():
+            seen = [info[name] for info in self.infos if name in info]
+            values.append(row[name] if name in row else float(np.mean(seen)) if seen else math.nan)
         self.steps.append(self.update)
-        for name in SERIES:
-            self.history[name].append(row[name])
-        self.sampled_returns, self.losses, self.explained_variances = [], [], []
+        self.sampled_returns, self.infos = [], []
 
     @contextlib.contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -684,21 +698,23 @@ class Run:
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
             if self.steps:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits until all is saved
-                if self.steps[-1] < self.update:
-                    self.add_row(math.nan)  # there was no evaluation
-                self.save()
+                with uninterrupted():
+                    if self.steps[-1] < self.update:
+                        self.add_row(math.nan)  # there was no evaluation
+                    self.save()
                 self.end_line()
                 print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             raise
 
     def save(self) -> None:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
         replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
         replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
+        final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
-        torch.save({**self.snapshot, "steps": self.steps, "history": self.history}, buffer)
+        torch.save(
+            {**self.snapshot, "steps": self.steps, "history": self.history, "final_returns": final_returns}, buffer
+        )
         replace_file(self.args.checkpoint, buffer.getvalue())
 
     def train_log(self) -> dict[str, Any]:
@@ -711,7 +727,7 @@ class Run:
         if self.final_returns is not None:
             notes |= {"solved": self.solved, "final_return_mean": self.final_returns.mean()}
             notes |= {"final_return_std": self.final_returns.std()}
-        notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.env_steps / self.seconds:.0f}"}
+        notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.speed:.0f}"}
         return {
             "title": self.title,
             "steps": self.steps,
@@ -725,20 +741,26 @@ class Run:
     def print_line(self) -> None:
         """One line, rewritten in place on a terminal, else a new one for each evaluation."""
         self.last_line = time.perf_counter()
-        seconds = max(time.perf_counter() - self.began, 1e-9) / max(self.update - self.began_at, 1)  # for each update
-        left = seconds * (self.args.updates - self.update) if self.update > self.began_at else math.nan
-        speed = self.args.num_steps * self.sessions[0].num_envs / seconds if self.update > self.began_at else math.nan
-        latest = self.losses[-1] if self.losses else {name: values[-1] for name, values in self.history.items()}
+        left = (self.args.updates - self.update) * self.args.num_steps * self.sessions[0].num_envs / self.speed
+        latest = self.infos[-1] if self.infos else {name: values[-1] for name, values in self.history.items()}
         sampled = np.mean(self.sampled_returns) if self.sampled_returns else self.history["sampled_return"][-1]
-        line = (
-            f"update {self.update}/{self.args.updates}  {self.env_steps:,} steps  {speed:,.0f}/s  {left:.0f} s left"
-            f"  sampled {sampled:.1f}  greedy {self.greedy_return:.1f}  {sparkline(self.history['avg_return'])}"
-            f"  KL {latest['approx_kl']:.3f}  entropy {latest['entropy']:.2f}"
-        ).replace("nan", "-")
+        fields = [
+            f"update {self.update}/{self.args.updates}",
+            f"{self.env_steps:,} steps",
+            f"{self.speed:,.0f}/s",
+            f"{left:.0f} s left",
+            f"sampled {sampled:.1f}",
+            f"greedy {self.greedy_return:.1f}",
+            sparkline(self.history["avg_return"]),
+            f"KL {latest['approx_kl']:.3f}",
+            f"entropy {latest['entropy']:.2f}",
+        ]
         if sys.stdout.isatty():
-            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            while len("  ".join(fields)) >= shutil.get_terminal_size().columns:
+                fields.pop()  # a line that is wrapped cannot be rewritten in place
+            print("\r\033[K" + "  ".join(fields).replace("nan", "-"), end="", flush=True)
         else:
-            print(line, flush=True)
+            print("  ".join(fields).replace("nan", "-"), flush=True)
 
     def end_line(self) -> None:
         if sys.stdout.isatty():
@@ -770,6 +792,24 @@ def cloned(tree: Any) -> Any:
 def json_number(value: float) -> float | str:
     """Strict JSON has no word for the non-finite ones: NaN, Infinity, -Infinity travel as strings."""
     return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is through."""
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield
+        return
+    waiting: list[int] = []
+    both = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: waiting.append(number)) for number in both]
+    try:
+        yield
+    finally:
+        for number, handler in zip(both, handlers, strict=True):
+            signal.signal(number, handler)
+    for missed in waiting:
+        signal.raise_signal(missed)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -804,8 +844,8 @@ def stored_args(args: Args) -> Args:
 
 
 def sparkline(values: list[float]) -> str:
-    """The last 20 values as a row of little bars."""
-    shown = [value for value in values if math.isfinite(value)][-20:]
+    """The last 12 values as a row of little bars."""
+    shown = [value for value in values if math.isfinite(value)][-12:]
     low, high = min(shown, default=0), max(shown, default=0)
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low)) if high > low else 0] for value in shown)
 
@@ -880,13 +920,14 @@ def watch(args: Args) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a cluster's Ctrl-C: save, then leave
     args = tyro.cli(Args)
     try:
-        if args.cuda and not torch.cuda.is_available():
-            raise BadInput("--cuda: torch sees no CUDA device here; leave the flag out")
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
+        if args.cuda and not torch.cuda.is_available():
+            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         if args.watch:
             watch(args)
         else:
