@@ -48,7 +48,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -232,7 +232,7 @@ class Contract:
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(_command(env_id, 1, make_kwargs, server_command, 0.0), timeout, env_id, 0, 1, 0.0)
+        server = _Server(env_id, 0, 1, make_kwargs, server_command, timeout)
         try:
             return server.describe()[0]
         finally:
@@ -266,8 +266,8 @@ class Contract:
     def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> Array:
         numbers: list[Any] = list(self._flatten(raw, self.obs_shape, env))
         floats = self._dtype.kind == "f"
-        limits = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
-        low, high = limits.min.item() if floats else limits.min, limits.max.item() if floats else limits.max
+        limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
+        low, high = int(limits.min), int(limits.max)
         for number in numbers:
             if type(number) not in (int, float):
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
@@ -556,8 +556,7 @@ class GymnasiumSession(CheckedSession):
         firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
         for first, end in pairwise(firsts):
-            command = _command(env_id, end - first, make_kwargs, server_command, awake)
-            self._servers.append(_Server(command, timeout, env_id, first, end - first, awake))
+            self._servers.append(_Server(env_id, first, end - first, make_kwargs, server_command, timeout, awake))
 
     def _connect(self) -> None:
         for server in self._servers:
@@ -683,12 +682,25 @@ class _Server:
     """One server process, seen from the trainer: its pipes, the ids of its replies, its last words."""
 
     def __init__(
-        self, command: list[str], timeout: float, env_id: str, first_env: int, num_envs: int, awake: float
+        self,
+        env_id: str,
+        first_env: int,
+        num_envs: int,
+        make_kwargs: dict[str, Any] | None,
+        server_command: Sequence[str] | None,
+        timeout: float,
+        awake: float = 0.0,
     ) -> None:
+        self.env_id, self.first_env, self.num_envs = env_id, first_env, num_envs
+        self.timeout, self.awake, self.last_id = timeout, awake, 0
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
-        self.env_id, self.first_env, self.num_envs, self.timeout = env_id, first_env, num_envs, timeout
-        self.last_id, self.awake = 0, awake
+        command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)])]
+        command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
+        if make_kwargs:
+            command += ["--make-kwargs", json.dumps(make_kwargs)]
+        if threading.current_thread() is threading.main_thread():  # the signal comes when the starting *thread* ends
+            command += ["--die-with-parent"]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -758,7 +770,8 @@ class _Server:
         elif code >= 0:
             state = f"exit code {code}"
         else:
-            state = f"killed by signal {-code} ({signal.Signals(-code).name})"
+            names = {number.value: number.name for number in signal.Signals}
+            state = f"killed by signal {-code} ({names.get(-code, 'real-time')})"
         if code is not None:
             self.stderr_thread.join(0.2)
         lines = self.stderr_tail.decode(errors="replace").splitlines()[-STDERR_LINES:]
@@ -818,34 +831,18 @@ class _Server:
 
 def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
     """Whether the pipe is ready by the deadline; the first ``awake`` seconds are waited for without sleeping."""
-    sleep = min(time.monotonic() + awake, deadline)
-    while time.monotonic() < sleep:
+    now = time.monotonic()
+    sleep = min(now + awake, deadline)
+    while now < sleep:
         if poller.poll(0):
             return True
-    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        now = time.monotonic()
+    return now < deadline and bool(poller.poll((deadline - now) * 1000))
 
 
 def _cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _command(
-    env_id: str,
-    num_envs: int,
-    make_kwargs: dict[str, Any] | None,
-    server_command: Sequence[str] | None,
-    awake: float,
-) -> list[str]:
-    command = list(server_command) if server_command else [sys.executable, "-u", os.path.abspath(__file__)]
-    command += ["--env-id", env_id, "--num-envs", str(num_envs)]
-    if make_kwargs:
-        command += ["--make-kwargs", json.dumps(make_kwargs)]
-    if awake:
-        command += ["--awake", str(awake)]
-    if threading.current_thread() is threading.main_thread():  # Linux means the parent *thread*
-        command += ["--die-with-parent"]
-    return command
 
 
 def _end(servers: list[_Server], polite: bool) -> None:
@@ -891,8 +888,8 @@ def _loads(line: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _keys(reply: dict[str, Any], required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    missing, unknown = required - reply.keys(), reply.keys() - required - optional
+def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] = ()) -> None:
+    missing, unknown = required - reply.keys(), reply.keys() - required - set(optional)
     if missing or unknown:
         problem = [f"lacks {sorted(missing)}"] if missing else []
         problem += [f"has unknown {sorted(unknown)}"] if unknown else []

@@ -97,7 +97,7 @@ class Args:
     """processes that share the environments between them; changes the speed, not the numbers"""
     num_steps: int = 32
     """T, steps in each environment between two updates (the horizon)"""
-    learning_rate: float = 3.5e-3
+    learning_rate: float = 2.5e-3
     """step size of Adam"""
     anneal_lr: bool = False
     """let the learning rate fall linearly to zero over --updates"""
