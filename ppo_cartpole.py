@@ -702,8 +702,8 @@ class Run:
                     if self.steps[-1] < self.update:
                         self.add_row(math.nan)  # there was no evaluation
                     self.save()
-                self.end_line()
-                print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
+                    self.end_line()
+                    print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
             raise
 
     def save(self) -> None:

@@ -1116,6 +1116,21 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     assert read_log("half.json")["steps"] == [0, 2, 4]
 
 
+def test_a_flag_given_with_resume_counts(short_run, workplace):
+    folder, _ = short_run
+    (workplace / "copy.pt").write_bytes((folder / "data/rl/ppo_cartpole.pt").read_bytes())
+    flags = ["--checkpoint", "copy.pt", "--log", "copy.json"]
+    done = run_script("--resume", "--updates", "5", "--learning-rate", "1e-30", *flags)
+    assert done.returncode == 0, done.stderr
+    before, after = (torch.load(path, weights_only=True) for path in (folder / "data/rl/ppo_cartpole.pt", "copy.pt"))
+    assert (before["update"], after["update"]) == (4, 5)
+    for name, weights in before["actor"].items():
+        assert torch.equal(weights, after["actor"][name])
+    done = run_script("--resume", *flags)  # nothing left to do
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("not solved")
+
+
 def test_the_checkpoint_is_data_only(short_run):
     folder, _ = short_run
     state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
@@ -1141,6 +1156,14 @@ def test_another_environment_needs_no_change():
     done = run_script("--env-id", "odd_envs:Counting-v0", "--num-steps", "8", *SHORT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("finished: odd_envs:Counting-v0")
+
+
+def test_ctrl_c_while_torch_is_being_imported():
+    process = subprocess.Popen([sys.executable, str(HERE / "ppo_cartpole.py")], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "ppo_cartpole.py: interrupted\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -1196,10 +1219,12 @@ PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
     ("zero_envs", ["--num-envs", "0"], "--num-envs must be at least 1"),
     ("negative_updates", ["--updates", "-3"], "--updates must be at least 1"),
-    ("too_many_workers", ["--num-workers", "9"], "--num-workers must be at most num_envs"),
+    ("too_many_workers", ["--num-workers", "9"], "--num-workers must be at most --num-envs (8)"),
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
+    ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be three different files"),
+    ("picture_over_log", ["--log", "curve.svg"], "must be three different files"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
     ("checkpoint_is_folder", ["--checkpoint", "."], "cannot write ."),
     ("no_cuda", ["--cuda"], "no CUDA device"),
@@ -1209,7 +1234,7 @@ PERSON_ROWS = [
     ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
     ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "supported is Box"),
     ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
-    ("no_checkpoint", ["--resume"], "there is no checkpoint"),
+    ("no_checkpoint", ["--resume"], "ppo_cartpole.py: there is no checkpoint"),
     ("damaged_checkpoint", ["--resume", "--checkpoint", "odd_envs.py"], "not a readable checkpoint"),
     ("nothing_to_watch", ["--watch"], "there is no checkpoint"),
 ]
