@@ -42,6 +42,7 @@ import platform
 import select
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -52,7 +53,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -65,8 +66,10 @@ CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked;
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: who ignores the first needs no longer wait
 AWAKE = 3e-4  # seconds to look at a pipe again and again before sleeping on it: waking up costs more than a fast step
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
-MAX_LINE_BYTES = 512 << 20  # a hundred such images fit in a reply; a line without end must not fill the memory
+MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
+
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
     "declared_space": "the spaces that the environment declares are those that the contract demands",
@@ -128,10 +131,20 @@ class BridgeError(SessionFailure):
 
 def _show(value: object) -> str:
     """A value for an error message: with its type where that may be the point, and never a screenful."""
-    text = repr(value[:120] if isinstance(value, (str, bytes)) else value)
+    try:
+        text = repr(value[:120] if isinstance(value, (str, bytes)) else value)
+    except Exception:  # it may come from an environment, nest without end, or be an integer of 10,000 digits
+        return f"a {type(value).__name__} that cannot be shown"
     text = text if len(text) <= 120 else text[:117] + "..."
     plain = (int, float, str, bytes, list, tuple, dict, type(None))
     return text if isinstance(value, plain) else f"{text} ({type(value).__name__})"
+
+
+def _show_error(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # an error of an environment may not even know how to say what it is
+        return type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------------- contract, transition
@@ -165,16 +178,12 @@ class Contract:
             raise ValueError(f"obs_shape must be one or more positive integers, not {_show(self.obs_shape)}")
         if not _is_int(self.n_actions) or self.n_actions < 1:
             raise ValueError(f"n_actions must be a positive integer, not {_show(self.n_actions)}")
-        try:
-            dtype = np.dtype(self.obs_dtype)
-        except TypeError:
-            raise ValueError(f"obs_dtype must name a numpy dtype, not {_show(self.obs_dtype)}") from None
-        if dtype.kind not in "fiu":
-            raise ValueError(f"obs_dtype must be a float or integer dtype, not {dtype.name}")
+        if self.obs_dtype not in DTYPES:
+            raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
+        dtype = np.dtype(self.obs_dtype)
         if math.prod(shape) * dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
         object.__setattr__(self, "obs_shape", shape)  # how a frozen dataclass puts its fields into one form
-        object.__setattr__(self, "obs_dtype", dtype.name)
         _limits("reward_range", self.reward_range, ())
         if self.obs_range is not None:
             object.__setattr__(self, "obs_range", tuple(_tuples(bound.tolist()) for bound in self._obs_range))
@@ -190,13 +199,14 @@ class Contract:
         if self._dtype.kind == "f":
             with np.errstate(over="ignore"):
                 return low.astype(self._dtype), high.astype(self._dtype)
-        smallest, largest = np.iinfo(self._dtype).min, np.iinfo(self._dtype).max
-        low, high = np.ceil(low.clip(smallest)), np.floor(high.clip(None, largest))
-        if (low > high).any():
+        low, high = np.ceil(low), np.floor(high)
+        limits = np.iinfo(self._dtype)
+        if (low > high).any() or (low > limits.max).any() or (high < limits.min).any():
             raise ValueError(f"obs_range {_show(self.obs_range)} holds no {self.obs_dtype}")
-        if self._dtype.itemsize == 8:  # a float64 cannot hold every such integer, but it can be compared with one
-            return low, high
-        return low.astype(self._dtype), high.astype(self._dtype)
+        lowest, highest = (np.full(self.obs_shape, limit, self._dtype) for limit in (limits.min, limits.max))
+        np.copyto(lowest, low.astype(self._dtype), where=low > limits.min)
+        np.copyto(highest, high.astype(self._dtype), where=high < limits.max)
+        return lowest, highest
 
     # What the two comparisons of each check are made with; None where there is nothing to check.  Range and finiteness
     # are one question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN
@@ -233,18 +243,21 @@ class Contract:
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
         server = _Server(env_id, 0, 1, make_kwargs, server_command, timeout)
+        polite = False
         try:
-            return server.describe()[0]
+            contract, _ = server.describe(time.monotonic() + timeout)
+            polite = True
+            return contract
         finally:
-            _end([server], polite=True)
+            _end([server], polite)
 
     # Exact types: these turn what an environment returned, or what JSON brought, into arrays, or refuse it.
 
     def _observation(self, raw: object, env: int) -> Array:
         """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with ``raw``."""
-        if isinstance(raw, np.ndarray):
+        if type(raw) is np.ndarray:  # not its subclasses: a masked array or a matrix has ideas of its own
             array = raw
-        elif isinstance(raw, (list, tuple)):
+        elif type(raw) in (list, tuple):
             array = self._from_list(raw, env)
         else:
             raise ContractViolation("obs_type", "a numpy array", _show(raw), env)
@@ -263,7 +276,7 @@ class Contract:
             raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", str(array[index]), env)
         return cast
 
-    def _from_list(self, raw: list[Any] | tuple[Any, ...], env: int) -> Array:
+    def _from_list(self, raw: object, env: int) -> Array:
         numbers: list[Any] = list(self._flatten(raw, self.obs_shape, env))
         floats = self._dtype.kind == "f"
         limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
@@ -278,15 +291,15 @@ class Contract:
     def _flatten(self, raw: object, shape: tuple[int, ...], env: int) -> Iterator[object]:
         if not shape:
             yield raw
-        elif isinstance(raw, (list, tuple)) and len(raw) == shape[0]:
-            for part in raw:
+        elif type(raw) in (list, tuple) and len(raw) == shape[0]:  # type: ignore[arg-type]
+            for part in raw:  # type: ignore[attr-defined]
                 yield from self._flatten(part, shape[1:], env)
         else:
             raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
 
     @staticmethod
     def _reward(raw: Any, env: int) -> float:
-        if isinstance(raw, bool) or not isinstance(raw, (float, int, np.floating, np.integer)):
+        if type(raw) not in (float, int) and not (isinstance(raw, np.generic) and raw.dtype.kind in "fiu"):
             raise ContractViolation("reward_type", "a number", _show(raw), env)
         try:
             return float(raw)
@@ -533,8 +546,8 @@ class GymnasiumSession(CheckedSession):
     ) -> None:
         if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, not {timeout!r}")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract)
         self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
         self._timeout = timeout
@@ -559,8 +572,9 @@ class GymnasiumSession(CheckedSession):
             self._servers.append(_Server(env_id, first, end - first, make_kwargs, server_command, timeout, awake))
 
     def _connect(self) -> None:
+        deadline = time.monotonic() + self._timeout
         for server in self._servers:
-            declared, self.versions = server.describe()
+            declared, self.versions = server.describe(deadline)
             if complaint := _differ(declared, self.contract):
                 complaint.stage, complaint.server = "start", server.report()
                 raise complaint
@@ -647,7 +661,7 @@ class _Environments:
             try:
                 result = self.envs[env].step(action)
             except Exception as error:
-                raise BridgeError(f"the environment raised {type(error).__name__}: {error}", env) from error
+                raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
             next_obs[env] = contract._observation(result[0], env)
@@ -669,7 +683,7 @@ class _Environments:
         try:
             result = self.envs[env].reset(seed=seed)
         except Exception as error:
-            raise BridgeError(f"the environment raised {type(error).__name__}: {error}", env) from error
+            raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
         if not isinstance(result, tuple) or len(result) != 2:
             raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
         return self.contract._observation(result[0], env).copy()
@@ -699,8 +713,10 @@ class _Server:
         command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
         if make_kwargs:
             command += ["--make-kwargs", json.dumps(make_kwargs)]
-        if threading.current_thread() is threading.main_thread():  # the signal comes when the starting *thread* ends
-            command += ["--die-with-parent"]
+        # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
+        lifeline, held = os.pipe()
+        self.lifeline = os.fdopen(held, "wb", 0)
+        command += ["--lifeline", str(lifeline)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -708,21 +724,27 @@ class _Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                pass_fds=[lifeline],
                 start_new_session=True,  # a process group of its own: Ctrl-C is the trainer's, and kill reaches all
             )
         except (OSError, ValueError) as error:
             failure = BridgeError(f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]")
             failure.stage = "start"
             raise failure from None
+        finally:
+            os.close(lifeline)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         self.readable, self.writable = select.poll(), select.poll()
         self.readable.register(self.stdout, select.POLLIN)
         self.writable.register(self.stdin, select.POLLOUT)
-        self.stderr_tail = b""
-        self.stderr_thread = threading.Thread(target=self._drain_stderr, daemon=True)
+        self.max_line_bytes = MAX_DESCRIBE_BYTES
+        self.stderr_tail = bytearray()
+        # The thread knows the pipe and the tail, not this object: a session that is dropped can be collected.
+        self.stderr_thread = threading.Thread(target=_drain, args=(self.process.stderr, self.stderr_tail), daemon=True)
         self.stderr_thread.start()
 
     def send(self, request: dict[str, Any], deadline: float) -> None:
@@ -750,12 +772,14 @@ class _Server:
             failure.server = self.report() if failure.server is None else failure.server
             raise
 
-    def describe(self) -> tuple[Contract, dict[str, str]]:
+    def describe(self, deadline: float) -> tuple[Contract, dict[str, str]]:
         """The handshake: the contract of the declared spaces, and the versions of what the server runs on."""
-        deadline = time.monotonic() + self.timeout
         try:
             self.send({"cmd": "describe"}, deadline)
-            return self.receive(deadline, _decode_describe, self.env_id)
+            contract, versions = self.receive(deadline, _decode_describe, self.env_id)
+            # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
+            self.max_line_bytes = 64 * self.num_envs * math.prod(contract.obs_shape) + (1 << 20)
+            return contract, versions
         except SessionFailure as failure:
             failure.stage = "start"
             raise
@@ -763,7 +787,7 @@ class _Server:
     def report(self) -> str:
         """Pid, how it ended, the last lines of its stderr."""
         if self.readable.poll(0):  # readable after the last reply: most likely end of file, so the exit code is near
-            self._wait_for_exit(0.3)
+            _wait_for_exits([self], 0.3)
         code = self.process.poll()
         if code is None:
             state = "was running"
@@ -806,27 +830,24 @@ class _Server:
             if not chunks[-1]:
                 self._fail(f"the server hung up in the middle of a reply: {_show(b''.join(chunks))}")
             size += len(chunks[-1])
-            if size > MAX_LINE_BYTES:
-                self._fail(f"the reply is longer than {MAX_LINE_BYTES >> 20} MiB: {_show(chunks[0])}")
+            if size > self.max_line_bytes:
+                self._fail(f"the reply is longer than {self.max_line_bytes:,} bytes: {_show(chunks[0])}")
         return b"".join(chunks)
-
-    def _wait_for_exit(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
 
     def _fail(self, what: str) -> NoReturn:
         failure = BridgeError(what)
         failure.server = self.report()
         raise failure
 
-    def _drain_stderr(self) -> None:
-        """Pass on what the environments print, and keep the end of it for an error message."""
-        assert self.process.stderr
-        while chunk := self.process.stderr.read(1 << 16):
-            self.stderr_tail = (self.stderr_tail + chunk)[-8192:]
-            with contextlib.suppress(OSError):  # the trainer's own stderr may be closed: then nobody is listening
-                os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
-        self.process.stderr.close()
+
+def _drain(stderr: IO[bytes], tail: bytearray) -> None:
+    """Pass on what the environments print, and keep the end of it for an error message."""
+    while chunk := stderr.read(1 << 16):
+        tail += chunk
+        del tail[:-8192]
+        with contextlib.suppress(OSError):  # the trainer's own stderr may be closed: then nobody is listening
+            os.write(2, chunk)  # not sys.stderr: a daemon thread must not hold its lock when the program ends
+    stderr.close()
 
 
 def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
@@ -837,7 +858,7 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
         if poller.poll(0):
             return True
         now = time.monotonic()
-    return now < deadline and bool(poller.poll((deadline - now) * 1000))
+    return now < deadline and bool(poller.poll(min((deadline - now) * 1000, 2**31 - 1)))
 
 
 def _cores() -> int:
@@ -854,21 +875,34 @@ def _end(servers: list[_Server], polite: bool) -> None:
         except OSError:  # it has exited already, or it reads no more
             pass
         server.process.stdin.close()  # type: ignore[union-attr]
-    stages = [(None, CLOSE_GRACE)] if polite else []
-    for number, grace in [*stages, (signal.SIGTERM, TERMINATE_GRACE), (signal.SIGKILL, TERMINATE_GRACE)]:
-        deadline = time.monotonic() + grace
+    try:
+        if polite:
+            _wait_for_exits(servers, CLOSE_GRACE)
         for server in servers:
-            try:
-                if number == signal.SIGKILL or (number and server.process.poll() is None):
-                    os.killpg(server.process.pid, number)
-            except (ProcessLookupError, PermissionError):  # nobody left (macOS says: not permitted)
-                pass
+            if server.process.poll() is None:
+                _signal_group(server, signal.SIGTERM)
+        _wait_for_exits(servers, TERMINATE_GRACE)
+    finally:  # Ctrl-C may cut the waiting short, but not this
         for server in servers:
-            server._wait_for_exit(max(0.0, deadline - time.monotonic()))
+            _signal_group(server, signal.SIGKILL)
+            server.lifeline.close()
+        _wait_for_exits(servers, TERMINATE_GRACE)
     deadline = time.monotonic() + 0.2  # the last words are a matter of moments
     for server in servers:
         server.process.stdout.close()  # type: ignore[union-attr]
         server.stderr_thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _wait_for_exits(servers: list[_Server], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for server in servers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _signal_group(server: _Server, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left (macOS says: not permitted)
+        os.killpg(server.process.pid, number)
 
 
 def _loads(line: bytes) -> Any:
@@ -883,7 +917,7 @@ def _loads(line: bytes) -> Any:
         raise ValueError(f"{token} is no JSON")
 
     try:
-        return json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+        return json.loads(line.decode(), object_pairs_hook=once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -925,7 +959,9 @@ def _decode_describe(reply: dict[str, Any], num_envs: int, env_id: str) -> tuple
             raise ValueError("obs_shape must be a list, obs_dtype a string")
         shape = tuple(reply["obs_shape"])
         plain = Contract(shape, reply["n_actions"], reply["obs_dtype"])
-        low, high = (_unbound(plain, reply[key], fill) for key, fill in (("obs_low", -np.inf), ("obs_high", np.inf)))
+        low, high = _unbound(plain, reply["obs_low"], -math.inf), _unbound(plain, reply["obs_high"], math.inf)
+        if (low == math.inf).any() or (high == -math.inf).any():  # 1e999 is good JSON
+            raise ValueError("a lower bound must not be infinite, nor an upper bound minus infinite")
         bounded = np.isfinite(low).any() or np.isfinite(high).any()
         return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
     except (ValueError, OverflowError, ContractViolation) as error:
@@ -935,8 +971,8 @@ def _decode_describe(reply: dict[str, Any], num_envs: int, env_id: str) -> tuple
 
 def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
-    numbers = [fill if number is None else number for number in contract._flatten(raw, contract.obs_shape, 0)]
-    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+    numbers: list[Any] = [fill if raw is None else raw for raw in contract._flatten(raw, contract.obs_shape, 0)]
+    if not all(type(number) in (int, float) for number in numbers):
         raise ValueError("a bound must be a number or null")
     return np.array(numbers, np.float64).reshape(contract.obs_shape)
 
@@ -1031,9 +1067,12 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list
         raise _Unsupported(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
     if not isinstance(observation, gymnasium.spaces.Box) or observation.dtype.kind not in "fiu":
         raise _Unsupported(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
-    contract = Contract(
-        observation.shape, int(action.n), observation.dtype.name, check_obs_finite=False, check_reward_finite=False
-    )
+    try:
+        contract = Contract(
+            observation.shape, int(action.n), observation.dtype.name, check_obs_finite=False, check_reward_finite=False
+        )
+    except ValueError as error:
+        raise _Unsupported(f"{env_id} has the observation space {observation}: {error}") from None
     bounds = {}
     for key, bound in ("obs_low", observation.low), ("obs_high", observation.high):
         flat = [number if math.isfinite(number) else None for number in bound.ravel().tolist()]
@@ -1089,7 +1128,7 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    what = error.what if isinstance(error, SessionFailure) else f"{type(error).__name__}: {error}"
+    what = error.what if isinstance(error, SessionFailure) else _show_error(error)
     cause = error.__cause__ or error
     if isinstance(error, _Unsupported) or type(cause).__name__ == "DependencyNotInstalled":  # says what to install
         return {"error": str(cause)}
@@ -1137,8 +1176,24 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
     environments.close()
 
 
-def _leave_with_the_trainer(wire_in: int) -> None:
-    """When the other end of the wire is gone, allow the main loop its grace, then kill the process group."""
+def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
+    """See to it that this process group does not outlive the trainer, even if an environment hangs.
+
+    On Linux the kernel kills the group when the lifeline closes, whatever the group is doing.  Elsewhere, and at the
+    far end of a docker or an ssh, a thread watches the wire: when it is hung up, the main loop gets its grace.
+    """
+    import fcntl  # not on Windows, where this is never called
+
+    with contextlib.suppress(OSError, AttributeError):  # no such descriptor here; no such call on macOS
+        if lifeline is not None and stat.S_ISFIFO(os.fstat(lifeline).st_mode):
+            os.set_inheritable(lifeline, False)
+            fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+            fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
+            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(lifeline, fcntl.F_GETFL))
+    threading.Thread(target=_watch, args=(wire_in,), daemon=True).start()
+
+
+def _watch(wire_in: int) -> None:
     hang_up = select.poll()
     hang_up.register(wire_in, 0)  # no events asked for: only the hang-up itself wakes this thread
     hang_up.poll()
@@ -1154,20 +1209,14 @@ def _main() -> None:
         "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
     )
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
-    parser.add_argument(
-        "--die-with-parent", action="store_true", help="be killed when the starting thread ends (Linux)"
-    )
+    parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    if args.die_with_parent and sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getsid(0) == os.getpid():  # started by a session, in a group of its own
-        threading.Thread(target=_leave_with_the_trainer, args=(wire_in,), daemon=True).start()
+    alone = os.getsid(0) == os.getpid()  # started by a session, in a process group of its own
+    if alone:
+        _leave_with_the_trainer(wire_in, args.lifeline)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 

@@ -42,7 +42,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +136,8 @@ class Args:
             (counts, lambda value: value >= 1, "must be at least 1"),
             ("num_minibatches", lambda value: value >= 1, "must be at least 1"),
             ("learning_rate clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
-            ("seed ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
@@ -151,6 +151,10 @@ class Args:
             raise ValueError(
                 f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2"
             )
+        try:
+            shlex.split(self.server_command or "")
+        except ValueError as error:
+            raise ValueError(f"--server-command cannot be split into words: {error}") from None
         if len({self.log, self.log.with_suffix(".svg"), self.checkpoint}) < 3:
             raise ValueError(
                 "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
@@ -176,12 +180,17 @@ def check_writable(path: Path) -> None:
     """Raises BadInput if there cannot be a file at ``path``: better said now than after an hour of training."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
-    except OSError as error:
+        part_of(path).touch()
+        part_of(path).unlink()
+        if path.exists() and not path.is_file():
+            raise OSError("there is something else of this name")
+    except (OSError, ValueError) as error:
         raise BadInput(f"cannot write {path}: {error}") from None
+
+
+def part_of(path: Path) -> Path:
+    """Where the content of a file is put together before it takes the file's place."""
+    return path.with_name(path.name + ".part")
 
 
 def stop(message: object, code: int) -> NoReturn:
@@ -613,6 +622,8 @@ class Run:
     ) -> None:
         """Take note of what is to be saved; with --resume, go back to where the checkpoint was."""
         self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
+        check_writable(self.args.log)
+        check_writable(self.args.checkpoint)
         if self.args.resume:
             state = load_checkpoint(self.args.checkpoint)
             if state["args"]["env_id"] != self.args.env_id:
@@ -622,16 +633,21 @@ class Run:
                 actor.load_state_dict(state["actor"])
                 critic.load_state_dict(state["critic"])
                 optimizer.load_state_dict(state["optimizer"])
+                for weights, moments in optimizer.state.items():  # the fused kernel would not look
+                    assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weights.shape
                 torch.set_rng_state(state["rng"]["cpu"])
                 if self.args.cuda and state["rng"]["cuda"] is not None:
                     torch.cuda.set_rng_state(state["rng"]["cuda"])
-                self.update, self.env_steps = state["update"], state["env_steps"]
-                self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
-                self.steps, self.history = list(state["steps"]), {name: list(state["history"][name]) for name in SERIES}
+                self.update, self.env_steps = int(state["update"]), int(state["env_steps"])
+                self.checked_before, self.seconds_before = int(state["transitions_checked"]), float(state["seconds"])
+                self.steps = [int(step) for step in state["steps"]]
+                self.history = {name: [float(value) for value in state["history"][name]] for name in SERIES}
+                assert {len(values) for values in self.history.values()} == {len(self.steps)} != {0}
                 if state["final_returns"] is not None:
-                    self.final_returns = np.array(state["final_returns"])
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {error}") from None
+                    self.final_returns = np.array(state["final_returns"], float)
+            except Exception as error:  # a damaged file can raise anything
+                reason = f"{type(error).__name__}: {error}"
+                raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {reason}") from None
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
@@ -675,10 +691,14 @@ class Run:
 
     def evaluate_finally(self) -> None:
         """100 fresh episodes: environments of their own, and seeds that no evaluation has used."""
-        with self.sessions[0].twin(100) as session:
-            seed = self.episode_seed("final evaluation")
-            self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
-            self.checked_before += session.transitions_checked
+        try:
+            with self.sessions[0].twin(100) as session:
+                seed = self.episode_seed("final evaluation")
+                self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
+                self.checked_before += session.transitions_checked
+        except (BridgeError, ContractViolation) as error:
+            error.stage = f"final evaluation, {error.stage}"
+            raise
 
     def add_row(self, greedy_return: float) -> None:
         """A row of the log: the greedy return now, and means of what happened since the row before."""
@@ -814,10 +834,8 @@ def uninterrupted() -> Iterator[None]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    part_of(path).write_bytes(content)
+    os.replace(part_of(path), path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -834,11 +852,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def stored_args(args: Args) -> Args:
-    """With --resume and --watch, a flag that is not given is what it was when the checkpoint was written."""
+    """With --resume and --watch, a flag that is not given is what it was when the checkpoint was written.
+
+    Not so for files and commands: a stranger's checkpoint must not decide what is overwritten or run here.
+    """
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
-        now = {"log": Path(stored["log"]), "checkpoint": args.checkpoint, "resume": args.resume, "watch": args.watch}
-        return Args(**{**stored, **now})
+        for field in fields(Args):
+            if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
+                stored[field.name] = getattr(args, field.name)
+            elif type(stored[field.name]) is not type(field.default) and field.default is not None:
+                raise TypeError(f"{field.name} is {stored[field.name]!r}")
+        return Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
 
@@ -911,8 +936,8 @@ def watch(args: Args) -> None:
     actor = Actor(contract.obs_shape, contract.n_actions)
     try:
         actor.load_state_dict(state["actor"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {error}") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {type(error).__name__}: {error}") from None
     with GymnasiumSession(args.env_id, contract, make_kwargs=make_kwargs, server_command=command) as session:
         for episode in range(args.eval_episodes):
             (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
@@ -923,6 +948,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a cluster's Ctrl-C: save, then leave
     args = tyro.cli(Args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no sparkline shows question marks
     try:
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
@@ -931,14 +959,14 @@ def main() -> None:
         if args.watch:
             watch(args)
         else:
-            check_writable(args.log)
-            check_writable(args.checkpoint)
             train(args, *EARLY)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop("interrupted", 130)
     except BadInput as error:
         stop(error, 2)
+    except OSError as error:  # the disk is full, or nobody reads the output any more
+        stop(f"{type(error).__name__}: {error}", 1)
     except (BridgeError, ContractViolation) as error:
         stop(error, 2 if error.stage == "start" or args.watch else 1)
 
