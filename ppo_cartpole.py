@@ -100,9 +100,9 @@ class Args:
     """step size of Adam; eight times the 2.5e-4 usual for Atari, which networks and batches this small bear"""
     anneal_lr: bool = False
     """let the learning rate fall linearly to zero over --updates"""
-    gamma: float = 0.98
-    """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 50, and a falling pole takes fewer"""
-    gae_lambda: float = 0.9
+    gamma: float = 0.99
+    """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
+    gae_lambda: float = 0.95
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     num_minibatches: int = 4
     """parts that a rollout is shuffled into, one gradient step each"""

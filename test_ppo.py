@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_cartpole as ppo
-from gym_bridge import BridgeError, Contract, ContractViolation, GymnasiumSession, NativeSession, Transition
+from gym_bridge import RULES, BridgeError, Contract, ContractViolation, GymnasiumSession, NativeSession, Transition
 
 HERE = Path(__file__).parent
 CARTPOLE = Contract(obs_shape=(4,), n_actions=2)
@@ -177,7 +177,7 @@ STEP_ROWS = [
     ("reject_number_for_terminated", "terminated = 1", "done_type"),
     ("reject_none_for_truncated", "truncated = None", "done_type"),
     ("reject_masked_array", "obs = np.ma.array([0.5, 0.25], mask=[0, 1], dtype='f4')", "obs_type"),
-    ("reject_matrix", "obs = np.matrix([0.5, 0.25])", "obs_type"),
+    ("reject_array_subclass", "obs = obs.view(type('Mine', (np.ndarray,), {}))", "obs_type"),
     ("reject_duration_as_reward", "reward = np.timedelta64(1)", "reward_type"),
     ("reject_unprintable_reward", "reward = type('R', (), {'__repr__': lambda self: 1 / 0})()", "reward_type"),
     ("reject_both_done_flags", "terminated = truncated = True", "done_exclusive"),
@@ -321,6 +321,12 @@ def test_integer_observations_take_no_fraction_and_no_overflow(case, rule):
         else:
             with pytest.raises(ContractViolation, match=rf"environment 1: contract rule {rule}"):
                 session.step([0, 0])
+
+
+def test_the_readme_names_every_rule():
+    readme = (HERE / "README.md").read_text()
+    for rule, meaning in RULES.items():
+        assert f"| `{rule}` | {meaning} |" in readme
 
 
 def test_from_env_is_the_contract_that_the_spaces_declare():
