@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -647,7 +648,7 @@ session.reset(0)
 while True: session.step([0, 0])
 """], stdout=subprocess.PIPE, text=True)  # fmt: skip
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
-    time.sleep(0.5)
+    time.sleep(0.25)
     trainer.kill()
     trainer.wait()
     for pid in pids:
@@ -1175,7 +1176,7 @@ def test_the_picture_is_self_contained_svg(short_run):
 @pytest.mark.parametrize("flags", [[], ["--num-workers", "2"]], ids=["again", "2 workers"])
 def test_one_seed_fixes_the_log(short_run, flags):
     folder, _ = short_run
-    assert run_script("--seed", "3", *SHORT, *flags).returncode == 0
+    ppo.train(tyro.cli(ppo.Args, args=["--seed", "3", *SHORT, *flags]))
     ours, theirs = read_log(), read_log(folder / "data/rl/ppo_cartpole_trainlog.json")
     different = {key for key, value in notes(ours).items() if value != notes(theirs)[key]}
     assert different <= {"wall_seconds", "steps_per_second", "num_workers"}
@@ -1184,7 +1185,7 @@ def test_one_seed_fixes_the_log(short_run, flags):
 
 def test_another_seed_gives_another_log(short_run):
     folder, _ = short_run
-    assert run_script("--seed", "4", *SHORT).returncode == 0
+    ppo.train(tyro.cli(ppo.Args, args=["--seed", "4", *SHORT]))
     ours, theirs = read_log(), read_log(folder / "data/rl/ppo_cartpole_trainlog.json")
     assert ours["series"][0] != theirs["series"][0]
 
@@ -1193,7 +1194,7 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     folder, _ = short_run
     checkpoint = str(folder / "data/rl/ppo_cartpole.pt")
     half = ["--checkpoint", "half.pt", "--log", "half.json"]
-    assert run_script("--seed", "3", *SHORT, "--updates", "2", *half).returncode == 0
+    ppo.train(tyro.cli(ppo.Args, args=["--seed", "3", *SHORT, "--updates", "2", *half]))
     done = run_script("--resume", "--updates", "4", *half)
     assert done.returncode == 0, done.stderr
     whole, resumed = (torch.load(path, weights_only=True) for path in (checkpoint, "half.pt"))
@@ -1328,7 +1329,9 @@ def test_ctrl_c_saves_and_leaves_with_130(times):
     state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
     assert state["update"] >= 3
     assert read_log()["steps"][-1] == state["update"]
-    assert run_script("--resume", "--updates", str(state["update"] + 2), "--solved-return", "9999").returncode == 0
+    if times == 2:
+        flags = ["--updates", str(state["update"] + 1), "--solved-return", "9999", "--eval-max-steps", "50"]
+        assert run_script("--resume", *flags).returncode == 0
 
 
 def test_a_violation_ends_the_run_and_keeps_what_was_learned():
@@ -1376,7 +1379,6 @@ PERSON_ROWS = [
     ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
     ("no_checkpoint", ["--resume"], "ppo_cartpole.py: there is no checkpoint"),
     ("damaged_checkpoint", ["--resume", "--checkpoint", "odd_envs.py"], "not a readable checkpoint"),
-    ("nothing_to_watch", ["--watch"], "there is no checkpoint"),
 ]
 
 
