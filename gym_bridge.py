@@ -23,7 +23,8 @@ Failure.  A reply is either exactly right, or it is an error: ``ContractViolatio
 retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
 
 The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
-bounded wait.  A server whose trainer disappears sees end of file on its stdin and leaves by itself.
+bounded wait.  A server holds one end of a pipe, the lifeline, that nothing is ever written to: when the trainer
+disappears, in whatever way, Linux kills the server's process group; elsewhere it sees end of file and leaves.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
