@@ -1108,7 +1108,7 @@ def _answer(request: Any, environments: _Environments, about: dict[str, Any]) ->
         raise _Unsupported(f"actions is a list, not {_show(actions)}")
     actions = environments.contract._check_actions(actions, len(environments.envs)).tolist()
     batch = environments.step(actions)
-    if not np.isfinite(batch.reward).all():  # JSON has no word for it, and no trainer here wants it
+    if not np.isfinite(batch.reward).all():  # JSON has no word for it
         env = int(np.argmin(np.isfinite(batch.reward)))
         raise ContractViolation("reward_finite", "a finite reward", str(batch.reward[env]), env)
     return {

@@ -131,10 +131,9 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises ValueError, which says what to do, for values that cannot be."""
-        counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps update_epochs"
+        counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
-            (counts, lambda value: value >= 1, "must be at least 1"),
-            ("num_minibatches", lambda value: value >= 1, "must be at least 1"),
+            (counts + " update_epochs", lambda value: value >= 1, "must be at least 1"),
             ("learning_rate clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
@@ -161,14 +160,16 @@ class Args:
             )
 
 
-def open_session(args: Args) -> GymnasiumSession:
-    """The training environments.  The servers start up in the background until the first reset."""
+def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
+    """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
-    known = args.env_id == ENV_ID
-    make_kwargs = MAKE_KWARGS if known else {}
-    contract = CONTRACT if known else Contract.from_env(args.env_id, make_kwargs, command)
+    num_workers = min(args.num_workers, num_envs)
+    if args.env_id == ENV_ID:
+        contract, make_kwargs = CONTRACT, {**MAKE_KWARGS, **make_kwargs}
+    else:
+        contract = Contract.from_env(args.env_id, server_command=command)
     return GymnasiumSession(
-        args.env_id, contract, args.num_envs, args.num_workers, make_kwargs, server_command=command, wait=False
+        args.env_id, contract, num_envs, num_workers, make_kwargs, server_command=command, wait=False
     )
 
 
@@ -209,7 +210,7 @@ if __name__ == "__main__":
         try:
             check_writable(early_args.log)
             check_writable(early_args.checkpoint)
-            EARLY.append(open_session(early_args))
+            EARLY.append(open_session(early_args, early_args.num_envs))
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
         except (BadInput, BridgeError, ContractViolation) as error:
             stop(error, 2)
@@ -344,7 +345,7 @@ def gae(
     # errors stops here, since the next row belongs to another episode.
     not_terminated = 1.0 - terminated.to(values.dtype)
     not_done = 1.0 - (terminated | truncated).to(values.dtype)
-    # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11 (and the text below it)
+    # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
     deltas = rewards + gamma * not_terminated * next_values - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
     # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
@@ -447,14 +448,14 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
     (default: a twin of the session).  Both are closed at the end.
-    Raises ContractViolation, BridgeError, BadInput (a bad checkpoint), OSError (the disk is full).
+    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (the disk is full).
     """
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     run = Run(args)  # counters, log, checkpoint: see Housekeeping
     with contextlib.ExitStack() as resources:
-        session = resources.enter_context(session or open_session(args))
+        session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
 
         contract = session.contract
@@ -514,10 +515,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     )
                     optimizer.zero_grad()
                     loss.backward()
-                    for network in (
-                        actor,
-                        critic,
-                    ):  # each for itself: the critic's gradient is often the far longer one
+                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  Together, the
+                    # critic's, in units of squared returns, would decide how far the actor moves.
+                    for network in (actor, critic):
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
@@ -937,15 +937,13 @@ def tick_distance(span: float) -> float:
 def watch(args: Args) -> None:
     """Play greedy episodes of a checkpoint in a window."""
     state = load_checkpoint(args.checkpoint)
-    command = shlex.split(args.server_command) if args.server_command else None
-    make_kwargs = {**(MAKE_KWARGS if args.env_id == ENV_ID else {}), "render_mode": "human"}
-    contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, None, command)
-    actor = Actor(contract.obs_shape, contract.n_actions)
-    try:
-        actor.load_state_dict(state["actor"])
-    except Exception as error:  # a damaged file can raise anything
-        raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {type(error).__name__}: {error}") from None
-    with GymnasiumSession(args.env_id, contract, make_kwargs=make_kwargs, server_command=command) as session:
+    with open_session(args, 1, render_mode="human") as session:
+        actor = Actor(session.contract.obs_shape, session.contract.n_actions)
+        try:
+            actor.load_state_dict(state["actor"])
+        except Exception as error:  # a damaged file can raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {reason}") from None
         for episode in range(args.eval_episodes):
             (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)

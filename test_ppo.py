@@ -1003,6 +1003,45 @@ def test_one_update_changes_both_networks_and_target_kl_cuts_epochs():
     assert steps == [4, 24]
 
 
+def test_the_logged_metrics_against_an_oracle(monkeypatch):
+    """Explained variance and sampled return of one update, from the rollout that it collected, in plain Python."""
+    rollouts = []
+    original = ppo.collect_rollout
+
+    def recorded(*args):
+        rollouts.append(original(*args))
+        return rollouts[-1]
+
+    monkeypatch.setattr(ppo, "collect_rollout", recorded)
+    args = ppo.Args(updates=1, num_steps=64, num_envs=4, eval_episodes=1, eval_max_steps=5)
+    run = ppo.train(args, cartpole_session(4))
+    (rollout,) = rollouts
+    rewards, values, next_values = (
+        getattr(rollout, name).double().numpy() for name in ("rewards", "values", "next_values")
+    )
+    targets, returns = [], []
+    for env in range(4):
+        total = 0.0
+        for t in range(64):
+            total += rewards[t, env]
+            if rollout.done[t, env]:
+                returns.append(total)
+                total = 0.0
+        for begin in range(64):
+            advantage, weight = 0.0, 1.0
+            for t in range(begin, 64):
+                bootstrap = 0.0 if rollout.terminated[t, env] else args.gamma * next_values[t, env]
+                advantage += weight * (rewards[t, env] + bootstrap - values[t, env])
+                weight *= args.gamma * args.gae_lambda
+                if rollout.done[t, env]:
+                    break
+            targets.append((values[begin, env] + advantage, values[begin, env]))
+    errors, targets = [target - value for target, value in targets], [target for target, _ in targets]
+    assert run.history["explained_variance"][-1] == pytest.approx(1 - np.var(errors) / np.var(targets), abs=1e-4)
+    assert len(returns) > 0
+    assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
+
+
 def test_annealing_lets_the_learning_rate_fall_linearly(monkeypatch):
     rates = []
     original = ppo.Adam.step
