@@ -448,7 +448,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
     (default: a twin of the session).  Both are closed at the end.
-    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (the disk is full).
+    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk).
     """
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
