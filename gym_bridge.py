@@ -238,12 +238,13 @@ class Contract:
         make_kwargs: dict[str, Any] | None = None,
         server_command: Sequence[str] | None = None,
         timeout: float = TIMEOUT,
+        frame_stack: int = 1,
     ) -> Contract:
         """The contract that an environment declares with its spaces, asked of a server started for the purpose.
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(env_id, 0, 1, make_kwargs, server_command, timeout)
+        server = _Server(env_id, 0, 1, make_kwargs, timeout, server_command, frame_stack)
         polite = False
         try:
             contract, _ = server.describe(time.monotonic() + timeout)
@@ -525,6 +526,8 @@ class GymnasiumSession(CheckedSession):
     """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
 
     make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
+    frame_stack: K > 1 makes an observation the last K of them, newest last, (K, *shape); an episode begins with K times
+    its first observation, so that nothing of the episode before is seen (Gymnasium's ``FrameStackObservation``).
     server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
     elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
     The flags of the server (``--env-id`` and so on) are appended to it.
@@ -544,14 +547,22 @@ class GymnasiumSession(CheckedSession):
         timeout: float = TIMEOUT,
         server_command: Sequence[str] | None = None,
         wait: bool = True,
+        frame_stack: int = 1,
     ) -> None:
         if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if not (_is_int(frame_stack) and frame_stack >= 1):
+            raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
         super().__init__(num_envs, contract)
-        self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
-        self._timeout = timeout
+        self._env_id, self._num_workers, self._timeout = env_id, num_workers, timeout
+        self._options: dict[str, Any] = {
+            "make_kwargs": make_kwargs,
+            "timeout": timeout,
+            "server_command": server_command,
+            "frame_stack": frame_stack,
+        }
         self._connected = False
         self._servers: list[_Server] = []
         with self._guarded("start"):
@@ -560,17 +571,15 @@ class GymnasiumSession(CheckedSession):
                 self._connect()
 
     def twin(self, num_envs: int) -> GymnasiumSession:
-        env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
-        return GymnasiumSession(
-            env_id, contract, num_envs, min(num_workers, num_envs), make_kwargs, timeout, server_command, wait=False
-        )
+        num_workers = min(self._num_workers, num_envs)
+        return GymnasiumSession(self._env_id, self.contract, num_envs, num_workers, wait=False, **self._options)
 
     def _spawn(self) -> None:
-        env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
+        num_workers = self._num_workers
         firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
         for first, end in pairwise(firsts):
-            self._servers.append(_Server(env_id, first, end - first, make_kwargs, server_command, timeout, awake))
+            self._servers.append(_Server(self._env_id, first, end - first, awake=awake, **self._options))
 
     def _connect(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -702,8 +711,9 @@ class _Server:
         first_env: int,
         num_envs: int,
         make_kwargs: dict[str, Any] | None,
-        server_command: Sequence[str] | None,
         timeout: float,
+        server_command: Sequence[str] | None,
+        frame_stack: int,
         awake: float = 0.0,
     ) -> None:
         self.env_id, self.first_env, self.num_envs = env_id, first_env, num_envs
@@ -714,6 +724,8 @@ class _Server:
         command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
         if make_kwargs:
             command += ["--make-kwargs", json.dumps(make_kwargs)]
+        if frame_stack > 1:
+            command += ["--frame-stack", str(frame_stack)]
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
@@ -1045,7 +1057,9 @@ class _Unsupported(Exception):
     """A request that no environment here can fulfil: said in one line, without a traceback."""
 
 
-def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list[Any], Contract, dict[str, Any]]:
+def _make(
+    env_id: str, num_envs: int, make_kwargs: dict[str, Any], frame_stack: int
+) -> tuple[list[Any], Contract, dict[str, Any]]:
     """The environments, the contract of their declared spaces, and the answer to "describe"."""
     import gymnasium
 
@@ -1063,6 +1077,8 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise _Unsupported(f"cannot make {env_id}: {error}") from None
+    if frame_stack > 1:
+        envs = [gymnasium.wrappers.FrameStackObservation(env, frame_stack) for env in envs]
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
         raise _Unsupported(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
@@ -1141,11 +1157,11 @@ def _error(error: Exception) -> dict[str, Any]:
     return {**reply, "traceback": "".join(traceback.format_exception(cause))}
 
 
-def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
+def _serve(args: argparse.Namespace, wire_in: int, wire_out: int) -> None:
     """Answer requests until told to close, or until there is nobody left to ask."""
     failure: Exception | None = None
     try:
-        envs, contract, about = _make(env_id, num_envs, make_kwargs)
+        envs, contract, about = _make(args.env_id, args.num_envs, args.make_kwargs, args.frame_stack)
     except Exception as error:  # an environment may raise anything; the first request will be told
         envs, contract, about, failure = [], Contract((1,), 1), {}, error
     environments = _Environments(envs, contract)
@@ -1154,8 +1170,8 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
     request_pipe.register(wire_in, select.POLLIN)
     with os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
         while command != "close":
-            if awake:
-                _poll(request_pipe, time.monotonic() + awake, awake)
+            if args.awake:
+                _poll(request_pipe, time.monotonic() + args.awake, args.awake)
             if not (line := requests.readline()):
                 break
             number = None
@@ -1209,6 +1225,7 @@ def _main() -> None:
     parser.add_argument(
         "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
     )
+    parser.add_argument("--frame-stack", type=int, default=1, help="an observation is the last so many, newest last")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()
@@ -1218,7 +1235,7 @@ def _main() -> None:
     alone = os.getsid(0) == os.getpid()  # started by a session, in a process group of its own
     if alone:
         _leave_with_the_trainer(wire_in, args.lifeline)
-    _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
+    _serve(args, wire_in, wire_out)
 
 
 if __name__ == "__main__":
