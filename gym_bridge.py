@@ -238,13 +238,12 @@ class Contract:
         make_kwargs: dict[str, Any] | None = None,
         server_command: Sequence[str] | None = None,
         timeout: float = TIMEOUT,
-        frame_stack: int = 1,
     ) -> Contract:
         """The contract that an environment declares with its spaces, asked of a server started for the purpose.
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(env_id, 0, 1, make_kwargs, timeout, server_command, frame_stack)
+        server = _Server(env_id, 0, 1, make_kwargs, server_command, timeout)
         polite = False
         try:
             contract, _ = server.describe(time.monotonic() + timeout)
@@ -384,10 +383,12 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
 class Transition:
     """One checked step of N environments.  Arrays of its own: nothing overwrites them later."""
 
-    observation: Array  # (N, *obs_shape) obs_dtype, what the actions were chosen from
+    observation: (
+        Array  # (N, *obs_shape) obs_dtype, what the actions were chosen from; with frame_stack (N, K, *obs_shape)
+    )
     action: Array  # (N,) int64
     reward: Array  # (N,) float64
-    next_observation: Array  # (N, *obs_shape) obs_dtype, what the actions led to, before any auto-reset
+    next_observation: Array  # of the same shape and dtype, what the actions led to, before any auto-reset
     terminated: Array  # (N,) bool, the episode ended by the rules of the task
     truncated: Array  # (N,) bool, the episode was cut short from outside (a time limit)
 
@@ -416,12 +417,18 @@ class CheckedSession(ABC):
     An environment that finishes is reset at once: ``Transition.next_observation`` is where the episode ended, the
     session's ``observation`` is where the next one begins.
 
-    Attributes: ``num_envs``, ``contract``, ``transitions_checked``, ``versions`` (what the environments run on).
+    frame_stack: K > 1 makes an observation the last K that the environment gave, newest last: (N, K, *obs_shape).  An
+    episode begins with its first one K times, so that nothing of another episode is ever seen.
+
+    Attributes: ``num_envs``, ``contract``, ``frame_stack``, ``transitions_checked``, ``versions`` (what the
+    environments run on).
     Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.
     """
 
-    def __init__(self, num_envs: int, contract: Contract) -> None:
-        self.num_envs, self.contract = num_envs, contract
+    def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1) -> None:
+        if not (_is_int(frame_stack) and frame_stack >= 1):
+            raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
+        self.num_envs, self.contract, self.frame_stack = num_envs, contract, frame_stack
         self.transitions_checked = 0
         self.versions: dict[str, str] = {}
         self._observation: Array | None = None
@@ -430,20 +437,20 @@ class CheckedSession(ABC):
 
     @property
     def observation(self) -> Array:
-        """(N, *obs_shape): what the next actions are to be chosen from."""
+        """(N, *obs_shape), or (N, K, *obs_shape): what the next actions are to be chosen from."""
         if self._observation is None:
             raise BridgeError("there is no observation before reset()")
         return self._observation.copy()
 
     def reset(self, seed: int | None = None) -> Array:
-        """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns (N, *obs_shape)."""
+        """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns ``observation``."""
         with self._guarded("reset"):
             if seed is not None and not (_is_int(seed) and seed >= 0):
                 raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
-            observation = self._reset(seed)
-            self.contract._check_observations(observation)
-            self._observation = observation
-            return observation.copy()
+            first = self._reset(seed)
+            self.contract._check_observations(first)
+            self._observation = self._begin(first)
+            return self._observation.copy()
 
     def step(self, actions: Sequence[int] | Array) -> Transition:
         """Take ``actions`` (N,), one per environment; finished environments begin a new episode."""
@@ -464,11 +471,13 @@ class CheckedSession(ABC):
                 env = min(set(finished) ^ set(reset_obs))
                 expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
                 raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
+            if self.frame_stack > 1:
+                next_obs = np.concatenate([self._observation[:, 1:], next_obs[:, None]], axis=1)
             observation = next_obs.copy()
             if finished:
                 first = np.stack([reset_obs[env] for env in finished])
                 contract._check_observations(first, finished)
-                observation[finished] = first
+                observation[finished] = self._begin(first)
             transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
             self._observation = observation
             self._steps += 1
@@ -490,6 +499,10 @@ class CheckedSession(ABC):
     @abstractmethod
     def twin(self, num_envs: int) -> CheckedSession:
         """A second session over environments of the same kind, before its first reset (for evaluation, say)."""
+
+    def _begin(self, first: Array) -> Array:
+        """The observations of episodes that begin with ``first`` (n, *obs_shape)."""
+        return first if self.frame_stack == 1 else np.repeat(first[:, None], self.frame_stack, axis=1)
 
     @abstractmethod
     def _reset(self, seed: int | None) -> Array: ...
@@ -526,8 +539,6 @@ class GymnasiumSession(CheckedSession):
     """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
 
     make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
-    frame_stack: K > 1 makes an observation the last K of them, newest last, (K, *shape); an episode begins with K times
-    its first observation, so that nothing of the episode before is seen (Gymnasium's ``FrameStackObservation``).
     server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
     elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
     The flags of the server (``--env-id`` and so on) are appended to it.
@@ -553,16 +564,9 @@ class GymnasiumSession(CheckedSession):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        if not (_is_int(frame_stack) and frame_stack >= 1):
-            raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
-        super().__init__(num_envs, contract)
-        self._env_id, self._num_workers, self._timeout = env_id, num_workers, timeout
-        self._options: dict[str, Any] = {
-            "make_kwargs": make_kwargs,
-            "timeout": timeout,
-            "server_command": server_command,
-            "frame_stack": frame_stack,
-        }
+        super().__init__(num_envs, contract, frame_stack)
+        self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
+        self._timeout = timeout
         self._connected = False
         self._servers: list[_Server] = []
         with self._guarded("start"):
@@ -571,15 +575,25 @@ class GymnasiumSession(CheckedSession):
                 self._connect()
 
     def twin(self, num_envs: int) -> GymnasiumSession:
-        num_workers = min(self._num_workers, num_envs)
-        return GymnasiumSession(self._env_id, self.contract, num_envs, num_workers, wait=False, **self._options)
+        env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
+        return GymnasiumSession(
+            env_id,
+            contract,
+            num_envs,
+            min(num_workers, num_envs),
+            make_kwargs,
+            timeout,
+            server_command,
+            wait=False,
+            frame_stack=self.frame_stack,
+        )
 
     def _spawn(self) -> None:
-        num_workers = self._num_workers
+        env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
         firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
         for first, end in pairwise(firsts):
-            self._servers.append(_Server(self._env_id, first, end - first, awake=awake, **self._options))
+            self._servers.append(_Server(env_id, first, end - first, make_kwargs, server_command, timeout, awake))
 
     def _connect(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -627,17 +641,17 @@ class NativeSession(CheckedSession):
     An exception of an environment becomes a BridgeError; nothing here can stop one that hangs.
     """
 
-    def __init__(self, envs: Sequence[Any], contract: Contract) -> None:
+    def __init__(self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1) -> None:
         if not envs:
             raise ValueError("need at least one environment")
-        super().__init__(len(envs), contract)
+        super().__init__(len(envs), contract, frame_stack)
         self._envs = list(envs)
         self._environments = _Environments(self._envs, contract)
 
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
         sources = [self._envs[i % self.num_envs] for i in range(num_envs)]
-        return NativeSession([copy.deepcopy(env) for env in sources], self.contract)
+        return NativeSession([copy.deepcopy(env) for env in sources], self.contract, self.frame_stack)
 
     def _reset(self, seed: int | None) -> Array:
         return self._environments.reset(seed)
@@ -711,9 +725,8 @@ class _Server:
         first_env: int,
         num_envs: int,
         make_kwargs: dict[str, Any] | None,
-        timeout: float,
         server_command: Sequence[str] | None,
-        frame_stack: int,
+        timeout: float,
         awake: float = 0.0,
     ) -> None:
         self.env_id, self.first_env, self.num_envs = env_id, first_env, num_envs
@@ -724,8 +737,6 @@ class _Server:
         command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
         if make_kwargs:
             command += ["--make-kwargs", json.dumps(make_kwargs)]
-        if frame_stack > 1:
-            command += ["--frame-stack", str(frame_stack)]
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
@@ -1057,9 +1068,7 @@ class _Unsupported(Exception):
     """A request that no environment here can fulfil: said in one line, without a traceback."""
 
 
-def _make(
-    env_id: str, num_envs: int, make_kwargs: dict[str, Any], frame_stack: int
-) -> tuple[list[Any], Contract, dict[str, Any]]:
+def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list[Any], Contract, dict[str, Any]]:
     """The environments, the contract of their declared spaces, and the answer to "describe"."""
     import gymnasium
 
@@ -1077,8 +1086,10 @@ def _make(
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise _Unsupported(f"cannot make {env_id}: {error}") from None
-    if frame_stack > 1:
-        envs = [gymnasium.wrappers.FrameStackObservation(env, frame_stack) for env in envs]
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise _Unsupported(f"cannot make {env_id}: {error}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
         raise _Unsupported(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
@@ -1157,11 +1168,11 @@ def _error(error: Exception) -> dict[str, Any]:
     return {**reply, "traceback": "".join(traceback.format_exception(cause))}
 
 
-def _serve(args: argparse.Namespace, wire_in: int, wire_out: int) -> None:
+def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
     """Answer requests until told to close, or until there is nobody left to ask."""
     failure: Exception | None = None
     try:
-        envs, contract, about = _make(args.env_id, args.num_envs, args.make_kwargs, args.frame_stack)
+        envs, contract, about = _make(env_id, num_envs, make_kwargs)
     except Exception as error:  # an environment may raise anything; the first request will be told
         envs, contract, about, failure = [], Contract((1,), 1), {}, error
     environments = _Environments(envs, contract)
@@ -1170,8 +1181,8 @@ def _serve(args: argparse.Namespace, wire_in: int, wire_out: int) -> None:
     request_pipe.register(wire_in, select.POLLIN)
     with os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
         while command != "close":
-            if args.awake:
-                _poll(request_pipe, time.monotonic() + args.awake, args.awake)
+            if awake:
+                _poll(request_pipe, time.monotonic() + awake, awake)
             if not (line := requests.readline()):
                 break
             number = None
@@ -1225,7 +1236,6 @@ def _main() -> None:
     parser.add_argument(
         "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
     )
-    parser.add_argument("--frame-stack", type=int, default=1, help="an observation is the last so many, newest last")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()
@@ -1235,7 +1245,7 @@ def _main() -> None:
     alone = os.getsid(0) == os.getpid()  # started by a session, in a process group of its own
     if alone:
         _leave_with_the_trainer(wire_in, args.lifeline)
-    _serve(args, wire_in, wire_out)
+    _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 
 if __name__ == "__main__":

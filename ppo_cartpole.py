@@ -68,6 +68,7 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
+FINAL_EPISODES = 100  # that the verdict at the end rests on, none of them seen before
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,15 @@ class Args:
 def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
     """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
-    num_workers = min(args.num_workers, num_envs)
-    if args.env_id == ENV_ID:
-        contract, make_kwargs = CONTRACT, {**MAKE_KWARGS, **make_kwargs}
-    else:
-        contract = Contract.from_env(args.env_id, server_command=command)
+    contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
     return GymnasiumSession(
-        args.env_id, contract, num_envs, num_workers, make_kwargs, server_command=command, wait=False
+        args.env_id,
+        contract,
+        num_envs,
+        min(args.num_workers, num_envs),
+        make_kwargs={**MAKE_KWARGS, **make_kwargs},
+        server_command=command,
+        wait=False,
     )
 
 
@@ -525,7 +528,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
 
-            # Evaluate and log.  Solved means solved twice: in the evaluation, and over 100 episodes never seen before.
+            # Evaluate and log.  Solved means solved twice: in the evaluation, and over episodes never seen before.
             run.complete_update(sampled_returns, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
@@ -568,7 +571,7 @@ class Run:
     """The state of a training run outside the networks: counters, history, and the files that it leaves.
 
     Attributes: ``update`` (completed updates), ``env_steps``, ``history`` (a list for each of SERIES), ``steps`` (the
-    update number of each row), ``final_returns`` (100,) or None, ``solved``, ``transitions_checked``.
+    update number of each row), ``final_returns`` (FINAL_EPISODES,) or None, ``solved``, ``transitions_checked``.
     """
 
     def __init__(self, args: Args) -> None:
@@ -697,9 +700,9 @@ class Run:
         self.print_line()
 
     def evaluate_finally(self) -> None:
-        """100 fresh episodes: environments of their own, and seeds that no evaluation has used."""
+        """Fresh episodes: environments of their own, and seeds that no evaluation has used."""
         try:
-            with self.sessions[0].twin(100) as session:
+            with self.sessions[0].twin(FINAL_EPISODES) as session:
                 seed = self.episode_seed("final evaluation")
                 self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
                 self.checked_before += session.transitions_checked

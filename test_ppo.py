@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import gc
 import importlib
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -30,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_cartpole as ppo
+import ppo_pong_ram as pong
 from gym_bridge import RULES, BridgeError, Contract, ContractViolation, GymnasiumSession, NativeSession, Transition
 
 HERE = Path(__file__).parent
@@ -408,6 +411,30 @@ def test_arrays_are_overwritten_neither_by_the_session_nor_by_its_user():
         assert transition.observation.tolist() == [[1, 0]]
         assert session.step([0]).observation.tolist() == [[1, 1]]
         assert transition.next_observation.tolist() == [[7, 7]]
+
+
+@pytest.mark.parametrize("kind", ["native", "2 workers"])
+def test_a_stack_of_frames_holds_one_episode_only(kind):
+    """Counting's observation is [episode, step], so every stack tells which frames it is made of."""
+    contract = Contract((2,), 3)
+    if kind == "native":
+        module = importlib.import_module("odd_envs")
+        session = NativeSession([module.Counting() for _ in range(2)], contract, frame_stack=2)
+    else:
+        session = GymnasiumSession("odd_envs:Counting-v0", contract, 2, 2, frame_stack=2)
+    with session:
+        assert session.reset(1).tolist() == [[[1, 0], [1, 0]]] * 2  # an episode begins with its first frame, twice
+        ends = []
+        for _ in range(12):
+            transition = session.step([0, 0])
+            for before, now in transition.next_observation.tolist():
+                assert now == [before[0], before[1] + 1]
+            done = transition.done
+            assert (session.observation[~done] == transition.next_observation[~done]).all()
+            ends += transition.next_observation[done].tolist()
+            assert all(before == now and now[1] == 0 for before, now in session.observation[done].tolist())
+        assert ends[::2][:3] == [[[1, 2], [1, 3]], [[2, 1], [2, 2]], [[3, 2], [3, 3]]]
+        assert session.twin(1).reset(1).shape == (1, 2, 2)
 
 
 def test_a_twin_is_a_session_of_its_own():
@@ -1111,6 +1138,136 @@ def test_a_new_actor_starts_undecided_and_the_critic_near_zero():
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
+
+# ------------------------------------------------------------------------------------------------- what Pong changes
+
+
+def test_the_scripts_share_all_but_what_pong_changes():
+    """What is tested on one script holds for the other, because it is the same text."""
+    changed = {"Args", "Actor", "Critic", "mlp", "open_session", "train"}
+    names = [name for name, value in vars(ppo).items() if getattr(value, "__module__", "") == ppo.__name__]
+    assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
+    for name in set(names) - changed:
+        assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
+    assert vars(pong).keys() - vars(ppo).keys() == {"FRAMES", "Inputs"}
+    arguments = [[(field.name, field.type) for field in dataclasses.fields(script.Args)] for script in (ppo, pong)]
+    assert arguments[0] == arguments[1]
+
+
+@given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_input_scaling_against_numpy(seed, rollouts, constant):
+    """Mean and deviation in one piece from everything seen; differences of bytes counted out."""
+    rng = np.random.default_rng(seed)
+    size = 3
+    batches = [rng.integers(0, 256, (int(rng.integers(2, 6)), 2, 2, size), np.uint8) for _ in range(rollouts)]
+    for batch in batches:
+        batch[..., 0] = 7 if constant else batch[..., 0]
+    inputs = pong.Inputs((size,))
+    assert (inputs(torch.from_numpy(batches[0])) == 0).all()  # nothing is known yet, and nothing is shown
+    for batch in batches:
+        inputs.update(torch.from_numpy(batch))
+
+    def features(observation):
+        before, now = observation.tolist()
+        changes = [(b - a + 128) % 256 - 128 for a, b in zip(before, now, strict=True)]
+        return [*now, *changes]
+
+    seen = np.array([features(o) for batch in batches for o in batch.reshape(-1, 2, size)], float)
+    std = seen.std(0)
+    asked = rng.integers(0, 256, (4, 2, size), np.uint8)
+    raw = np.array([features(o) for o in asked], float)
+    expected = np.where(std > 0, (raw - seen.mean(0)) / np.where(std > 0, std, 1), 0).clip(-5, 5)
+    result = inputs(torch.from_numpy(asked))
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert (result[:, 0] == 0).all() if constant else True
+
+
+def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
+    actor = pong.Actor((128,), 6)
+    actor.inputs.update(torch.randint(0, 256, (50, 2, 128), dtype=torch.uint8))
+    twin = pong.Actor((128,), 6)
+    twin.load_state_dict(actor.state_dict())
+    observations = torch.randint(0, 256, (5, 2, 128), dtype=torch.uint8)
+    assert torch.equal(actor(observations), twin(observations))
+    assert twin.inputs.count == 50
+    assert not any("inputs" in name for name, _ in actor.named_parameters())
+
+
+PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
+PONG_SHORT += ["--num-steps", "32"]
+
+
+def test_pong_from_the_command_line_and_resumed(workplace, monkeypatch):
+    """Two updates on the real emulator, then a third after --resume."""
+    done = run_script("--seed", "5", "--updates", "2", *PONG_SHORT, script="ppo_pong_ram.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.match(
+        r"not solved: ALE/Pong-v5, greedy return -?[\d.]+ ± [\d.]+ over 30 fresh", done.stdout.split("\n")[-2]
+    )
+    log = read_log("data/rl/ppo_pong_ram_trainlog.json")
+    assert (log["title"], log["steps"]) == ("PPO on ALE/Pong-v5, seed 5", [0, 2])
+    assert "version_ale_py" in notes(log)
+    state = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
+    assert state["actor"]["inputs.count"] == state["critic"]["inputs.count"] == 256
+    assert torch.equal(state["actor"]["inputs.mean"], state["critic"]["inputs.mean"])
+
+    done = run_script("--resume", "--updates", "3", script="ppo_pong_ram.py")
+    assert done.returncode == 0, done.stderr
+    after = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
+    assert (after["update"], after["env_steps"], after["actor"]["inputs.count"]) == (3, 384, 384)
+    assert after["history"]["avg_return"][:2] == state["history"]["avg_return"]
+
+    done = run_script("--resume", "--checkpoint", "data/rl/ppo_pong_ram.pt")
+    assert done.returncode == 2
+    assert "is not a checkpoint of ppo_cartpole.py" in done.stderr
+
+
+def test_pong_is_held_to_bytes_and_single_points():
+    """The contract is what the environment declares, with the reward that Pong promises."""
+    declared = Contract.from_env(pong.ENV_ID, pong.MAKE_KWARGS)
+    assert dataclasses.replace(declared, reward_range=(-1.0, 1.0)) == pong.CONTRACT
+    with pong.open_session(pong.Args(), 2) as session:
+        rewards = set()
+        session.reset(1)
+        for _ in range(120):
+            rewards |= set(session.step([0, 3]).reward.tolist())
+        assert rewards == {0.0, -1.0}  # nobody moves: the computer scores
+
+
+def test_another_atari_game_needs_no_change():
+    flags = ["--env-id", "ALE/Breakout-v5", "--updates", "1", *PONG_SHORT]
+    done = run_script(*flags, script="ppo_pong_ram.py")
+    assert done.returncode == 0, done.stderr
+    assert "finished: ALE/Breakout-v5, greedy return" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env-id", "CartPole-v1"], "unexpected keyword argument 'obs_type'"),
+        (["--server-command", f"{sys.executable} no_ale.py"], "pip install ale-py"),
+    ],
+    ids=["no Atari game", "no ale-py"],
+)
+def test_pong_needs_an_atari_game_and_ale_py(workplace, flags, message):
+    without_ale = f"""
+        import runpy, sys
+        sys.modules["ale_py"] = None  # what `import ale_py` then says is what a Python without it says
+        sys.path.insert(0, {str(HERE)!r})
+        runpy.run_path({str(HERE / "gym_bridge.py")!r}, run_name="__main__")
+    """
+    (workplace / "no_ale.py").write_text(textwrap.dedent(without_ale))
+    done = run_script(*flags, script="ppo_pong_ram.py")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the whole run
 
 
 def test_it_learns():

@@ -1,0 +1,1034 @@
+"""Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
+
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, TODO minutes on two cores
+    python ppo_pong_ram.py --watch      # plays what it has learned, in a window
+
+Two paddles, one ball, and 21 points make a game.  A point won is a reward of 1, a point lost -1; so a game returns
+-21 .. 21, and doing nothing returns -21.  Every step holds one of six actions for four frames, of which each is
+replaced by the action before with probability 0.25 (sticky actions [5]), so that no sequence of moves can be learned
+by heart.  The picture is not looked at: an observation is the memory of the game, bytes that nobody has explained.
+TODO what to watch
+
+The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
+sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
+
+References
+    [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [2] Schulman et al. 2015, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
+        arXiv:1506.02438
+    [3] Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
+    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE), Machine Learning 8
+    [5] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
+
+Legend, used in shape comments
+    T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (2, 128)
+    N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
+    B  samples of a minibatch, T * N / --num-minibatches
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "ale-py>=0.10", "tyro>=0.9"]
+# ///
+
+from __future__ import annotations
+
+import contextlib
+import html
+import inspect
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tyro
+
+from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
+
+# ------------------------------------------------------------------- environment and command line (PPO begins below it)
+
+# What this environment promises, and what every observation and transition is held to.
+ENV_ID = "ALE/Pong-v5"
+CONTRACT = Contract(
+    obs_shape=(128,),
+    n_actions=6,  # nothing, fire, right (up), left (down), right and fire, left and fire
+    obs_dtype="uint8",
+    obs_range=(0, 255),
+    reward_range=(-1.0, 1.0),
+)
+MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
+FRAMES = 2  # what is seen is the memory one step before and now: a single one does not show where the ball is going
+SOLVED_RETURN = 19.0  # of 21: two points lost in a game
+FINAL_EPISODES = 30  # that the verdict at the end rests on, none of them seen before
+
+
+@dataclass(frozen=True)
+class Args:
+    """PPO on Pong, or on any game of the Arcade Learning Environment, from the 128 bytes of its memory."""
+
+    seed: int = 1
+    """fixes everything: two runs on one machine write the same numbers to the log"""
+    cuda: bool = False
+    """run the networks on a GPU (for networks of this size the CPU is faster)"""
+    updates: int = 300
+    """rollouts to learn from, at most: training stops when the environment is solved"""
+    log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
+    """where the log goes; the picture of the learning curve goes beside it, as .svg"""
+    eval_every: int = 5
+    """updates between two evaluations of the greedy policy"""
+    eval_episodes: int = 20
+    """episodes of an evaluation, each in an environment of its own"""
+    eval_max_steps: int = 30_000
+    """steps after which an evaluation episode is cut short, for environments that may never end one"""
+    env_id: str = ENV_ID
+    """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
+    num_envs: int = 8
+    """N, environments that are stepped together; eight situations at a time make a steadier gradient than one"""
+    num_workers: int = 1
+    """processes that share the environments between them; changes the speed, not the numbers"""
+    num_steps: int = 32
+    """T, steps in each environment between two updates (the horizon); short, so that there are many updates"""
+    learning_rate: float = 2e-3
+    """step size of Adam; eight times the 2.5e-4 usual for Atari, which networks and batches this small bear"""
+    anneal_lr: bool = False
+    """let the learning rate fall linearly to zero over --updates"""
+    gamma: float = 0.99
+    """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
+    gae_lambda: float = 0.95
+    """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
+    num_minibatches: int = 4
+    """parts that a rollout is shuffled into, one gradient step each"""
+    update_epochs: int = 8
+    """passes over a rollout"""
+    clip_coef: float = 0.2
+    """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus, which rewards staying undecided, so that exploration does not end too soon"""
+    vf_coef: float = 0.5
+    """weight of the critic's squared error"""
+    max_grad_norm: float = 0.5
+    """a longer gradient, of actor or critic, is scaled down to this length"""
+    target_kl: float | None = None
+    """end an update's epochs early once the approximate KL divergence is above this"""
+    solved_return: float | None = None
+    """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
+    checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
+    """where weights, optimiser and counters are kept"""
+    resume: bool = False
+    """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
+    watch: bool = False
+    """play greedy episodes of --checkpoint in a window"""
+    server_command: str | None = None
+    """what to run in place of this Python for the environments, such as "/other/venv/bin/python gym_bridge.py" """
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which says what to do, for values that cannot be."""
+        counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
+        rules: list[tuple[str, Callable[[Any], bool], str]] = [
+            (counts + " update_epochs", lambda value: value >= 1, "must be at least 1"),
+            ("learning_rate clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
+            ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
+            ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("target_kl", lambda value: value is None or value > 0, "must be positive"),
+            ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
+        ]
+        for names, good, rule in rules:
+            for name in names.split():
+                if not good(getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
+        batch = self.num_envs * self.num_steps
+        if batch % self.num_minibatches or batch < 2 * self.num_minibatches:
+            raise ValueError(
+                f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2"
+            )
+        try:
+            shlex.split(self.server_command or "")
+        except ValueError as error:
+            raise ValueError(f"--server-command cannot be split into words: {error}") from None
+        if len({self.log, self.log.with_suffix(".svg"), self.checkpoint}) < 3:
+            raise ValueError(
+                "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
+            )
+
+
+def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
+    """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
+    command = shlex.split(args.server_command) if args.server_command else None
+    contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
+    return GymnasiumSession(
+        args.env_id,
+        contract,
+        num_envs,
+        min(args.num_workers, num_envs),
+        make_kwargs={**MAKE_KWARGS, **make_kwargs},
+        server_command=command,
+        wait=False,
+        frame_stack=FRAMES,
+    )
+
+
+class BadInput(Exception):
+    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput if there cannot be a file at ``path``: better said now than after an hour of training."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part_of(path).touch()
+        part_of(path).unlink()
+        if path.exists() and not path.is_file():
+            raise OSError("there is something else of this name")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {path}: {error}") from None
+
+
+def part_of(path: Path) -> Path:
+    """Where the content of a file is put together before it takes the file's place."""
+    return path.with_name(path.name + ".part")
+
+
+def stop(message: object, code: int) -> NoReturn:
+    """End the program with one message to the person who started it."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is being imported.
+STARTED = time.perf_counter()
+EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
+    early_args = tyro.cli(Args)
+    if not (early_args.resume or early_args.watch):
+        try:
+            check_writable(early_args.log)
+            check_writable(early_args.checkpoint)
+            EARLY.append(open_session(early_args, early_args.num_envs))
+            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
+        except (BadInput, BridgeError, ContractViolation) as error:
+            stop(error, 2)
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------- actor and critic
+
+
+class Inputs(nn.Module):
+    """What a network sees: every byte and its change since the step before, each in units of its standard deviation.
+
+    A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
+    large such differences are, it is as easy to see as where the ball is.  Means and deviations are those of all
+    rollouts so far.  They are buffers: saved with the weights, and changed by nothing but ``update``.
+    """
+
+    mean: torch.Tensor  # (2 * bytes,) float64, like the following
+    variance: torch.Tensor  # (2 * bytes,)
+    count: torch.Tensor  # ()
+
+    def __init__(self, obs_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.size = FRAMES * math.prod(obs_shape)
+        self.register_buffer("mean", torch.zeros(self.size, dtype=torch.float64))
+        self.register_buffer("variance", torch.zeros(self.size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def raw(self, observations: torch.Tensor) -> torch.Tensor:
+        """(..., 2, bytes) uint8 -> (..., 2 * bytes) float32: the bytes, and by how much each has changed."""
+        before, now = observations.unbind(-2)
+        change = (now - before).view(torch.int8)  # a difference of bytes wraps around, as counters do: -128 .. 127
+        return torch.cat([now.float(), change.float()], -1)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        scale = torch.where(self.variance > 0, self.variance.rsqrt(), 0)  # what has never changed says nothing: 0
+        scaled = (self.raw(observations) - self.mean.float()) * scale.float()
+        return scaled.clamp(-5, 5)
+
+    def update(self, observations: torch.Tensor) -> None:
+        """Take more observations into mean and variance (Chan, Golub and LeVeque 1979)."""
+        raw = self.raw(observations).flatten(0, -2).double()
+        variance, mean = torch.var_mean(raw, 0, correction=0)
+        total = self.count + len(raw)
+        share, step = len(raw) / total, mean - self.mean  # exactly 0 for what never changes
+        self.variance += share * (variance - self.variance + (1 - share) * step.square())
+        self.mean += share * step
+        self.count.copy_(total)
+
+
+def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
+    """Two hidden layers of 256 ReLU units, normalised.  Orthogonal weights, zero biases ([3], detail 2)."""
+    layers = [nn.Linear(inputs, 256), nn.Linear(256, 256), nn.Linear(256, outputs)]
+    for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    hidden = [nn.Sequential(layer, nn.LayerNorm(256), nn.ReLU()) for layer in layers[:2]]
+    return nn.Sequential(*hidden, layers[2])
+
+
+class Actor(nn.Module):
+    """The policy pi(a|s): for each observation, one logit per action.
+
+    Its last layer starts out about a hundred times smaller than the others: a new actor is all but undecided.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
+        super().__init__()
+        self.inputs = Inputs(obs_shape)
+        self.net = mlp(self.inputs.size, n_actions, last_gain=0.01)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(self.inputs(observations))  # (..., *D) -> (..., A)
+        return logits
+
+
+class Critic(nn.Module):
+    """The value function V(s): how much discounted reward the policy will still collect from here."""
+
+    def __init__(self, obs_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.inputs = Inputs(obs_shape)
+        self.net = mlp(self.inputs.size, 1, last_gain=1.0)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self.net(self.inputs(observations)).squeeze(-1)  # (..., *D) -> (...)
+        return values
+
+
+# -------------------------------------------------------------------------------------------------- the checked rollout
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T steps of N environments: what was seen, done and earned, and what the networks made of it."""
+
+    observations: torch.Tensor  # (T, N, *D)
+    actions: torch.Tensor  # (T, N) int64
+    log_probs: torch.Tensor  # (T, N) log pi(a|s) of the policy that acted
+    rewards: torch.Tensor  # (T, N)
+    next_observations: torch.Tensor  # (T, N, *D) where each action led, before any reset
+    terminated: torch.Tensor  # (T, N) bool
+    truncated: torch.Tensor  # (T, N) bool
+    values: torch.Tensor  # (T, N) V(s)
+    next_values: torch.Tensor  # (T, N) V(s')
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if the fields have come out of step."""
+        sizes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        steps = sizes["actions"]
+        inner = sizes["observations"]
+        wrong = [name for name, size in sizes.items() if size != (inner if name.endswith("observations") else steps)]
+        if len(steps) != 2 or inner[:2] != steps or wrong:
+            raise ValueError(f"the fields of a rollout must all be (T, N) or (T, N, *D), not {sizes}")
+
+    @property
+    def done(self) -> torch.Tensor:
+        """(T, N) bool: the episode ended with this step, for whichever reason."""
+        return self.terminated | self.truncated
+
+
+@torch.no_grad()
+def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
+    """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
+
+    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Every transition has passed the
+    session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
+    """
+    device = next(actor.parameters()).device
+    transitions: list[Transition] = []
+    for _ in range(horizon):
+        logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
+        sampled = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
+        transitions.append(session.step(sampled.cpu().numpy()))
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
+
+    # The networks see the rollout once more, as one batch.  That is cheaper than a critic at every step, and log pi
+    # comes from the very computation that the loss will repeat: the ratio of the first minibatch is exactly 1.
+    observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
+    log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
+    return Rollout(
+        observations,
+        actions,
+        log_probs,
+        stack("reward").float(),
+        next_observations,
+        stack("terminated"),
+        stack("truncated"),
+        values=critic(observations),
+        next_values=critic(next_observations),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- advantages
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> torch.Tensor:
+    """Generalized Advantage Estimation [2]: how much better each action turned out than the critic expected.
+
+    All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
+    to, before any reset.  Returns advantages (T, N).
+    """
+    # Two ways for an episode to end, and they differ.  Terminated: nothing comes after, V(s') counts as 0.  Truncated:
+    # the task would go on, only we stopped looking, so V(s') stands for the rest.  Either way the sum over later
+    # errors stops here, since the next row belongs to another episode.
+    not_terminated = 1.0 - terminated.to(values.dtype)
+    not_done = 1.0 - (terminated | truncated).to(values.dtype)
+    # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
+    deltas = rewards + gamma * not_terminated * next_values - values
+    # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
+    # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
+    advantages = torch.zeros_like(deltas)
+    next_advantage = torch.zeros_like(deltas[0])  # (N,)
+    for t in reversed(range(len(deltas))):
+        next_advantage = deltas[t] + gamma * gae_lambda * not_done[t] * next_advantage
+        advantages[t] = next_advantage
+    return advantages
+
+
+# ---------------------------------------------------------------------------------------------------------- PPO loss
+
+
+def ppo_loss(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    actions: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    clip_coef: float = 0.2,
+    vf_coef: float = 0.5,
+    ent_coef: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate objective of PPO [1], to be minimised.
+
+    The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
+    collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
+    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``.
+    That buys several epochs from one rollout.
+
+    logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
+    acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
+    detached scalars for the log.
+    """
+    # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
+    log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
+    log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
+    ratio = log_ratio.exp()  # r_t(theta), not a reward
+
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7), so that the entropy bonus and
+    # the gradient clipping mean the same whatever the scale of the rewards.
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    # L_clip = E[min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)]                        [1], eq. 7
+    # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero: it pushes no
+    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction is undone.
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
+    value_loss = (values - returns).square().mean()
+
+    # S = E[-sum_a pi(a|s) * log pi(a|s)]
+    entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
+
+    # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+
+    with torch.no_grad():
+        info = {
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old, pi), unbiased and never negative ([3], detail 12)
+            "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
+            "entropy": entropy.detach(),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+        }
+    return loss, info
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: int) -> np.ndarray:
+    """Undiscounted returns (N,) of the greedy policy, which always takes the most probable action.
+
+    One episode in each environment, and every one counts: of many episodes, the first to finish are the short ones.
+    """
+    device = next(actor.parameters()).device
+    session.reset(seed)
+    returns, playing = np.zeros(session.num_envs), np.ones(session.num_envs, bool)
+    for _ in range(max_steps):
+        actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
+        transition = session.step(actions.cpu().numpy())
+        returns += transition.reward * playing
+        playing &= ~transition.done
+        if not playing.any():
+            break
+    return returns
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
+    """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
+
+    session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
+    (default: a twin of the session).  Both are closed at the end.
+    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk).
+    """
+    torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    run = Run(args)  # counters, log, checkpoint: see Housekeeping
+    with contextlib.ExitStack() as resources:
+        session = resources.enter_context(session or open_session(args, args.num_envs))
+        eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
+
+        contract = session.contract
+        actor = Actor(contract.obs_shape, contract.n_actions).to(device)
+        critic = Critic(contract.obs_shape).to(device)
+        parameters = [*actor.parameters(), *critic.parameters()]
+        optimizer = Adam(parameters, eps=1e-5, fused=True)  # eps: [3], detail 3
+        run.begin(actor, critic, optimizer, session, eval_session)
+        resources.enter_context(run.saved_on_failure())
+
+        session.reset(run.episode_seed("training"))
+        if run.update == 0:  # how good is knowing nothing?
+            run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
+        episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
+
+        while run.update < args.updates and not run.solved:
+            # Collect.  Nothing is reset in between: an episode longer than T goes on in the next rollout.
+            rollout = collect_rollout(session, actor, critic, args.num_steps)
+            sampled_returns = []  # of the episodes that end in this rollout
+            for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
+                episode_returns += rewards
+                sampled_returns += episode_returns[done].tolist()
+                episode_returns[done] = 0
+
+            # Estimate advantages, and from them what the critic should have said.
+            advantages = gae(
+                rollout.rewards,
+                rollout.values,
+                rollout.next_values,
+                rollout.terminated,
+                rollout.truncated,
+                args.gamma,
+                args.gae_lambda,
+            )  # (T, N)
+            returns = advantages + rollout.values  # TD(lambda) targets ([3], detail 5), before any normalisation
+            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
+            explained_variance = 1 - (returns - rollout.values).var() / returns.var()
+
+            # Optimise.
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
+            old_log_probs, advantages, returns = rollout.log_probs.flatten(), advantages.flatten(), returns.flatten()
+            infos = []
+            for _ in range(args.update_epochs):
+                for batch in torch.randperm(len(actions), device=device).chunk(args.num_minibatches):  # (B,) indices
+                    loss, info = ppo_loss(
+                        actor(observations[batch]),
+                        critic(observations[batch]),
+                        actions[batch],
+                        old_log_probs[batch],
+                        advantages[batch],
+                        returns[batch],
+                        args.clip_coef,
+                        args.vf_coef,
+                        args.ent_coef,
+                    )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  Together, the
+                    # critic's, in units of squared returns, would decide how far the actor moves.
+                    for network in (actor, critic):
+                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    infos.append(info)
+                epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+                if args.target_kl is not None and epoch_kl > args.target_kl:
+                    break
+
+            # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
+            actor.inputs.update(rollout.observations)
+            critic.inputs.update(rollout.observations)
+
+            # Evaluate and log.  Solved means solved twice: in the evaluation, and over episodes never seen before.
+            run.complete_update(sampled_returns, explained_variance, infos)
+            if run.update % args.eval_every == 0 or run.update == args.updates:
+                run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
+                if run.greedy_return >= run.solved_return or run.update == args.updates:
+                    run.evaluate_finally()
+        if run.final_returns is None:  # --resume found all updates done
+            run.evaluate_finally()
+        run.finish()
+    return run
+
+
+# ======================================================================================================================
+# Housekeeping: log, picture, checkpoint, progress line, main.  Nothing below is about PPO, and a reader may stop here.
+# ======================================================================================================================
+
+SERIES = {  # of the log: name, colour
+    "avg_return": "#d1495b",  # mean return of the greedy policy's evaluation
+    "sampled_return": "#8d99ae",  # mean return of the training episodes that ended since the row before
+    "approx_kl": "#00798c",  # from here to explained_variance: means over the updates since the row before
+    "clip_fraction": "#edae49",
+    "entropy": "#66a182",
+    "policy_loss": "#2e4057",
+    "value_loss": "#a23b72",
+    "explained_variance": "#5f0f40",
+    "env_steps": "#444444",  # so far, in training
+}
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam without its decorators for torch.compile: importing that takes a second, as long as learning."""
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
+
+
+class Run:
+    """The state of a training run outside the networks: counters, history, and the files that it leaves.
+
+    Attributes: ``update`` (completed updates), ``env_steps``, ``history`` (a list for each of SERIES), ``steps`` (the
+    update number of each row), ``final_returns`` (FINAL_EPISODES,) or None, ``solved``, ``transitions_checked``.
+    """
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.title = f"PPO on {args.env_id}, seed {args.seed}"
+        self.update = self.env_steps = self.violations = 0
+        self.steps: list[int] = []
+        self.history: dict[str, list[float]] = {name: [] for name in SERIES}
+        self.final_returns: np.ndarray | None = None
+        default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
+        self.solved_return = default if args.solved_return is None else args.solved_return
+        self.started = STARTED if __name__ == "__main__" else time.perf_counter()
+        self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes, and in final evaluations
+        self.sampled_returns: list[float] = []  # this and the following: of completed updates since the last row
+        self.infos: list[dict[str, float]] = []
+        self.last_line = 0.0
+
+    @property
+    def solved(self) -> bool:
+        return self.final_returns is not None and bool(self.final_returns.mean() >= self.solved_return)
+
+    @property
+    def greedy_return(self) -> float:
+        return self.history["avg_return"][-1]
+
+    @property
+    def transitions_checked(self) -> int:
+        return self.checked_before + sum(session.transitions_checked for session in self.sessions)
+
+    @property
+    def files(self) -> str:
+        return f"{self.args.log}, {self.args.log.with_suffix('.svg')}, {self.args.checkpoint}"
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def speed(self) -> float:
+        """Environment steps per second since training began (or was resumed), evaluations included."""
+        steps = self.env_steps - self.began_steps
+        return steps / (time.perf_counter() - self.began) if steps else math.nan
+
+    def episode_seed(self, purpose: str) -> int:
+        """For the environments: other runs, and training and evaluations within a run, play other episodes."""
+        number = ("training", "evaluation", "final evaluation").index(purpose)
+        return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0] >> 1)
+
+    def begin(
+        self, actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, *sessions: CheckedSession
+    ) -> None:
+        """Take note of what is to be saved; with --resume, go back to where the checkpoint was."""
+        self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
+        check_writable(self.args.log)
+        check_writable(self.args.checkpoint)
+        if self.args.resume:
+            try:
+                self.restore(load_checkpoint(self.args.checkpoint))
+            except BadInput:
+                raise
+            except Exception as error:  # a damaged file can raise anything
+                reason = f"{type(error).__name__}: {error}"
+                raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {reason}") from None
+        self.snapshot = self.state()
+        self.began, self.began_steps = time.perf_counter(), self.env_steps
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The opposite of ``state`` and ``save``."""
+        env_id = state["args"]["env_id"]
+        if env_id != self.args.env_id:
+            raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id}, not of {self.args.env_id}")
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for weights, moments in self.optimizer.state.items():
+            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weights.shape:
+                raise ValueError("the optimiser's moments have other shapes than the weights")  # its kernel trusts them
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.args.cuda and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        self.update, self.env_steps = int(state["update"]), int(state["env_steps"])
+        self.checked_before, self.seconds_before = int(state["transitions_checked"]), float(state["seconds"])
+        self.steps = [int(step) for step in state["steps"]]
+        self.history = {name: [float(value) for value in state["history"][name]] for name in SERIES}
+        if not {len(values) for values in self.history.values()} == {len(self.steps)} != {0}:
+            raise ValueError("the history's series have different lengths")
+        if state["final_returns"] is not None:
+            self.final_returns = np.array(state["final_returns"], float)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
+        return {
+            "script": Path(__file__).name,
+            "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.args).items()},
+            "update": self.update,
+            "env_steps": self.env_steps,
+            "transitions_checked": self.transitions_checked,
+            "seconds": self.seconds,
+            "actor": cloned(self.actor.state_dict()),
+            "critic": cloned(self.critic.state_dict()),
+            "optimizer": cloned(self.optimizer.state_dict()),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if self.args.cuda else None,
+            },
+        }
+
+    def complete_update(
+        self, sampled_returns: list[float], explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
+    ) -> None:
+        """Take in what an update brought.  From here on, whatever happens, it is kept."""
+        with uninterrupted():
+            self.update += 1
+            self.env_steps += self.args.num_steps * self.sessions[0].num_envs
+            self.final_returns = None  # those of an earlier policy
+            self.sampled_returns += sampled_returns
+            self.infos.append({name: float(torch.stack([info[name] for info in infos]).mean()) for name in infos[0]})
+            self.infos[-1]["explained_variance"] = float(explained_variance)
+            self.snapshot = self.state()
+        if sys.stdout.isatty() and time.perf_counter() - self.last_line > 0.1:
+            self.print_line()
+
+    def log_evaluation(self, returns: np.ndarray) -> None:
+        self.add_row(float(returns.mean()))
+        self.save()
+        self.print_line()
+
+    def evaluate_finally(self) -> None:
+        """Fresh episodes: environments of their own, and seeds that no evaluation has used."""
+        try:
+            with self.sessions[0].twin(FINAL_EPISODES) as session:
+                seed = self.episode_seed("final evaluation")
+                self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
+                self.checked_before += session.transitions_checked
+        except (BridgeError, ContractViolation) as error:
+            error.stage = f"final evaluation, {error.stage}"
+            raise
+
+    def add_row(self, greedy_return: float) -> None:
+        """A row of the log: the greedy return now, and means of what happened since the row before."""
+        sampled = float(np.mean(self.sampled_returns)) if self.sampled_returns else math.nan
+        row = {"avg_return": greedy_return, "sampled_return": sampled, "env_steps": self.env_steps}
+        for name, values in self.history.items():
+            seen = [info[name] for info in self.infos if name in info]
+            values.append(row[name] if name in row else float(np.mean(seen)) if seen else math.nan)
+        self.steps.append(self.update)
+        self.sampled_returns, self.infos = [], []
+
+    @contextlib.contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Whatever ends the run, a fault or Ctrl-C: keep everything up to the last completed update."""
+        try:
+            yield
+        except BaseException as error:
+            self.violations += isinstance(error, ContractViolation)
+            if self.steps:
+                with uninterrupted():
+                    if self.steps[-1] < self.update:
+                        self.add_row(math.nan)  # there was no evaluation
+                    self.save()
+                    self.end_line()
+                    print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
+            raise
+
+    def save(self) -> None:
+        """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
+        replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
+        replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
+        final_returns = None if self.final_returns is None else self.final_returns.tolist()
+        buffer = io.BytesIO()
+        torch.save(
+            {**self.snapshot, "steps": self.steps, "history": self.history, "final_returns": final_returns}, buffer
+        )
+        replace_file(self.args.checkpoint, buffer.getvalue())
+
+    def train_log(self) -> dict[str, Any]:
+        """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
+        notes = asdict(self.args)
+        versions = {"torch": torch.__version__, **self.sessions[0].versions}
+        notes |= {f"version_{name}": version for name, version in versions.items()}
+        notes |= {"device": "cuda" if self.args.cuda else "cpu", "environment_steps": self.env_steps}
+        notes |= {"transitions_checked": self.transitions_checked, "violations": self.violations}
+        if self.final_returns is not None:
+            notes |= {"solved": self.solved, "final_return_mean": self.final_returns.mean()}
+            notes |= {"final_return_std": self.final_returns.std()}
+        notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.speed:.0f}"}
+        return {
+            "title": self.title,
+            "steps": self.steps,
+            "series": [
+                {"name": name, "values": [json_number(value) for value in self.history[name]], "color": color}
+                for name, color in SERIES.items()
+            ],
+            "notes": [f"{key}={value}" for key, value in notes.items()],
+        }
+
+    def print_line(self) -> None:
+        """One line, rewritten in place on a terminal, else a new one for each evaluation."""
+        self.last_line = time.perf_counter()
+        left = (self.args.updates - self.update) * self.args.num_steps * self.sessions[0].num_envs / self.speed
+        latest = self.infos[-1] if self.infos else {name: values[-1] for name, values in self.history.items()}
+        sampled = np.mean(self.sampled_returns) if self.sampled_returns else self.history["sampled_return"][-1]
+        parts = [
+            f"update {self.update}/{self.args.updates}",
+            f"{self.env_steps:,} steps",
+            f"{self.speed:,.0f}/s",
+            f"{left:.0f} s left",
+            f"sampled {sampled:.1f}",
+            f"greedy {self.greedy_return:.1f}",
+            sparkline(self.history["avg_return"]),
+            f"KL {latest['approx_kl']:.3f}",
+            f"entropy {latest['entropy']:.2f}",
+        ]
+        if sys.stdout.isatty():
+            while len("  ".join(parts)) >= shutil.get_terminal_size().columns:
+                parts.pop()  # a line that is wrapped cannot be rewritten in place
+            print("\r\033[K" + "  ".join(parts).replace("nan", "-"), end="", flush=True)
+        else:
+            print("  ".join(parts).replace("nan", "-"), flush=True)
+
+    def end_line(self) -> None:
+        if sys.stdout.isatty():
+            print()
+
+    def finish(self) -> None:
+        """The last line: solved or not, over 100 fresh episodes, at what cost, and where to find it."""
+        assert self.final_returns is not None
+        self.save()
+        self.end_line()
+        verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
+        mean, std, episodes = self.final_returns.mean(), self.final_returns.std(), len(self.final_returns)
+        print(
+            f"{verdict}: {self.args.env_id}, greedy return {mean:.1f} ± {std:.1f} over {episodes} fresh episodes after "
+            f"{self.env_steps:,} environment steps and {self.seconds:.1f} s, {self.transitions_checked:,} transitions "
+            f"checked; see {self.files}"
+        )
+
+
+def cloned(tree: Any) -> Any:
+    """A state dict with tensors of its own (copy.deepcopy does the same, ten times slower)."""
+    if isinstance(tree, dict):
+        return {key: cloned(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [cloned(value) for value in tree]
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
+
+
+def json_number(value: float) -> float | str:
+    """Strict JSON has no word for the non-finite ones: NaN, Infinity, -Infinity travel as strings."""
+    return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is through."""
+    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
+        yield
+        return
+    waiting: list[int] = []
+    both = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: waiting.append(number)) for number in both]
+    try:
+        yield
+    finally:
+        for number, handler in zip(both, handlers, strict=True):
+            signal.signal(number, handler)
+    for missed in waiting:
+        signal.raise_signal(missed)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
+    part_of(path).write_bytes(content)
+    os.replace(part_of(path), path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds.  ``weights_only``: a stranger's file is data, and runs no code.  Raises BadInput."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"there is no checkpoint {path}: train first, or name one with --checkpoint") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("script") != Path(__file__).name:
+        raise BadInput(f"{path} is not a checkpoint of {Path(__file__).name}")
+    return state
+
+
+def stored_args(args: Args) -> Args:
+    """With --resume and --watch, a flag that is not given is what it was when the checkpoint was written.
+
+    Not so for files and commands: a stranger's checkpoint must not decide what is overwritten or run here.
+    """
+    try:
+        stored = dict(load_checkpoint(args.checkpoint)["args"])
+        for field in fields(Args):
+            if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
+                stored[field.name] = getattr(args, field.name)
+            elif type(stored[field.name]) is not type(field.default) and field.default is not None:
+                raise TypeError(f"{field.name} is {stored[field.name]!r}")
+        return Args(**stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
+
+
+def sparkline(values: list[float]) -> str:
+    """The last 12 values as a row of little bars."""
+    shown = [value for value in values if math.isfinite(value)][-12:]
+    low, high = min(shown, default=0), max(shown, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low)) if high > low else 0] for value in shown)
+
+
+def learning_curve(run: Run) -> str:
+    """The greedy and the sampled return over environment steps, as a picture that needs nothing else (SVG)."""
+    steps = run.history["env_steps"]
+    curves = {"avg_return": "greedy policy", "sampled_return": "sampled, in training"}
+    shown = [value for name in curves for value in run.history[name] if math.isfinite(value)] + [0.0]
+    if math.isfinite(run.solved_return):
+        shown.append(run.solved_return)
+    x_tick, y_tick = tick_distance(max(steps[-1], 1)), tick_distance(max(shown) - min(shown))
+    low, high = math.floor(min(shown) / y_tick) * y_tick, math.ceil(max(shown) / y_tick) * y_tick
+    left, bottom, width, height = 70, 350, 620, 290
+    x_scale, y_scale = width / max(steps[-1], 1), height / max(high - low, y_tick)
+    parts = []
+    for y in np.arange(low, high + y_tick / 2, y_tick):
+        pixel = bottom - (y - low) * y_scale
+        parts.append(f'<path d="M{left} {pixel:.1f}h{width}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{left - 9}" y="{pixel + 4:.1f}" text-anchor="end">{y:,g}</text>')
+    for x in np.arange(0, max(steps[-1], 1) + 1, x_tick):
+        parts.append(f'<text x="{left + x * x_scale:.1f}" y="{bottom + 20}" text-anchor="middle">{x:,.0f}</text>')
+    if math.isfinite(run.solved_return):
+        pixel = bottom - (run.solved_return - low) * y_scale
+        parts.append(f'<path d="M{left} {pixel:.1f}h{width}" stroke="#666" stroke-dasharray="6 4"/>')
+        parts.append(f'<text x="{left + 8}" y="{pixel + 16:.1f}">solved: {run.solved_return:g}</text>')
+    for row, (name, label) in enumerate(curves.items()):
+        data = [(x, y) for x, y in zip(steps, run.history[name], strict=True) if math.isfinite(y)]
+        points = " ".join(f"{left + x * x_scale:.1f},{bottom - (y - low) * y_scale:.1f}" for x, y in data)
+        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" fill="none"'
+        parts.append(f'<polyline points="{points}" {style}/>')
+        key = bottom - 36 + 20 * row
+        parts.append(f'<path d="M{left + width - 176} {key - 4}h24" {style}/>')
+        parts.append(f'<text x="{left + width - 144}" y="{key}">{label}</text>')
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#333"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 410" {font}>',
+            '<rect width="720" height="410" fill="#fff"/>',
+            f'<text x="{left}" y="34" font-size="18" font-weight="bold">{html.escape(run.title)}</text>',
+            *parts,
+            f'<path d="M{left} {bottom - height}v{height}h{width}" fill="none" stroke="#333"/>',
+            f'<text x="{left + width / 2}" y="{bottom + 44}" text-anchor="middle">environment steps</text>',
+            f'<text transform="translate(20 {bottom - height / 2}) rotate(-90)" text-anchor="middle">return per episode'
+            "</text>",
+            "</svg>\n",
+        ]
+    )
+
+
+def tick_distance(span: float) -> float:
+    """1, 2 or 5 times a power of ten, such that three to eight ticks lie on an axis of this length."""
+    power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 3))
+    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 8)
+
+
+def watch(args: Args) -> None:
+    """Play greedy episodes of a checkpoint in a window."""
+    state = load_checkpoint(args.checkpoint)
+    with open_session(args, 1, render_mode="human") as session:
+        actor = Actor(session.contract.obs_shape, session.contract.n_actions)
+        try:
+            actor.load_state_dict(state["actor"])
+        except Exception as error:  # a damaged file can raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {reason}") from None
+        for episode in range(args.eval_episodes):
+            (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
+            print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a cluster's Ctrl-C: save, then leave
+    args = tyro.cli(Args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no sparkline shows question marks
+    try:
+        if args.resume or args.watch:
+            args = tyro.cli(Args, default=stored_args(args))
+        if args.cuda and not torch.cuda.is_available():
+            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
+        if args.watch:
+            watch(args)
+        else:
+            train(args, *EARLY)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop("interrupted", 130)
+    except BadInput as error:
+        stop(error, 2)
+    except OSError as error:  # the disk is full, or nobody reads the output any more
+        stop(f"{type(error).__name__}: {error}", 1)
+    except (BridgeError, ContractViolation) as error:
+        stop(error, 2 if error.stage == "start" or args.watch else 1)
+
+
+if __name__ == "__main__":
+    main()
