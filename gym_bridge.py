@@ -383,12 +383,10 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
 class Transition:
     """One checked step of N environments.  Arrays of its own: nothing overwrites them later."""
 
-    observation: (
-        Array  # (N, *obs_shape) obs_dtype, what the actions were chosen from; with frame_stack (N, K, *obs_shape)
-    )
+    observation: Array  # (N, *session.obs_shape) obs_dtype, what the actions were chosen from
     action: Array  # (N,) int64
     reward: Array  # (N,) float64
-    next_observation: Array  # of the same shape and dtype, what the actions led to, before any auto-reset
+    next_observation: Array  # (N, *session.obs_shape) obs_dtype, what the actions led to, before any auto-reset
     terminated: Array  # (N,) bool, the episode ended by the rules of the task
     truncated: Array  # (N,) bool, the episode was cut short from outside (a time limit)
 
@@ -417,18 +415,22 @@ class CheckedSession(ABC):
     An environment that finishes is reset at once: ``Transition.next_observation`` is where the episode ended, the
     session's ``observation`` is where the next one begins.
 
-    frame_stack: K > 1 makes an observation the last K that the environment gave, newest last: (N, K, *obs_shape).  An
-    episode begins with its first one K times, so that nothing of another episode is ever seen.
+    Where one observation does not tell all, a session can show more, always of the same episode:
+    append_action: each observation (a vector) is followed by the action that led to it, one-hot; zeros after a reset.
+    frame_stack: K > 1 shows the last K of them, newest last; an episode begins with its first one K times.
 
-    Attributes: ``num_envs``, ``contract``, ``frame_stack``, ``transitions_checked``, ``versions`` (what the
-    environments run on).
+    Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's but for these two),
+    ``transitions_checked``, ``versions`` (what the environments run on).
     Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.
     """
 
-    def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1) -> None:
+    def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:
         if not (_is_int(frame_stack) and frame_stack >= 1):
             raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
-        self.num_envs, self.contract, self.frame_stack = num_envs, contract, frame_stack
+        if append_action and len(contract.obs_shape) != 1:
+            raise ValueError(f"append_action needs observations that are vectors, not {contract.obs_shape}")
+        self.num_envs, self.contract = num_envs, contract
+        self.frame_stack, self.append_action = frame_stack, append_action
         self.transitions_checked = 0
         self.versions: dict[str, str] = {}
         self._observation: Array | None = None
@@ -436,8 +438,14 @@ class CheckedSession(ABC):
         self._dead: str | None = None
 
     @property
+    def obs_shape(self) -> tuple[int, ...]:
+        shape = self.contract.obs_shape
+        shape = (shape[0] + self.contract.n_actions,) if self.append_action else shape
+        return shape if self.frame_stack == 1 else (self.frame_stack, *shape)
+
+    @property
     def observation(self) -> Array:
-        """(N, *obs_shape), or (N, K, *obs_shape): what the next actions are to be chosen from."""
+        """(N, *self.obs_shape): what the next actions are to be chosen from."""
         if self._observation is None:
             raise BridgeError("there is no observation before reset()")
         return self._observation.copy()
@@ -471,6 +479,8 @@ class CheckedSession(ABC):
                 env = min(set(finished) ^ set(reset_obs))
                 expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
                 raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
+            if self.append_action:
+                next_obs = np.concatenate([next_obs, np.eye(contract.n_actions, dtype=next_obs.dtype)[action]], axis=1)
             if self.frame_stack > 1:
                 next_obs = np.concatenate([self._observation[:, 1:], next_obs[:, None]], axis=1)
             observation = next_obs.copy()
@@ -501,7 +511,9 @@ class CheckedSession(ABC):
         """A second session over environments of the same kind, before its first reset (for evaluation, say)."""
 
     def _begin(self, first: Array) -> Array:
-        """The observations of episodes that begin with ``first`` (n, *obs_shape)."""
+        """What is shown of episodes that begin with ``first`` (n, *contract.obs_shape)."""
+        if self.append_action:
+            first = np.pad(first, [(0, 0), (0, self.contract.n_actions)])
         return first if self.frame_stack == 1 else np.repeat(first[:, None], self.frame_stack, axis=1)
 
     @abstractmethod
@@ -559,12 +571,13 @@ class GymnasiumSession(CheckedSession):
         server_command: Sequence[str] | None = None,
         wait: bool = True,
         frame_stack: int = 1,
+        append_action: bool = False,
     ) -> None:
         if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        super().__init__(num_envs, contract, frame_stack)
+        super().__init__(num_envs, contract, frame_stack, append_action)
         self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
         self._timeout = timeout
         self._connected = False
@@ -586,6 +599,7 @@ class GymnasiumSession(CheckedSession):
             server_command,
             wait=False,
             frame_stack=self.frame_stack,
+            append_action=self.append_action,
         )
 
     def _spawn(self) -> None:
@@ -641,17 +655,20 @@ class NativeSession(CheckedSession):
     An exception of an environment becomes a BridgeError; nothing here can stop one that hangs.
     """
 
-    def __init__(self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1) -> None:
+    def __init__(
+        self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1, append_action: bool = False
+    ) -> None:
         if not envs:
             raise ValueError("need at least one environment")
-        super().__init__(len(envs), contract, frame_stack)
+        super().__init__(len(envs), contract, frame_stack, append_action)
         self._envs = list(envs)
         self._environments = _Environments(self._envs, contract)
 
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
         sources = [self._envs[i % self.num_envs] for i in range(num_envs)]
-        return NativeSession([copy.deepcopy(env) for env in sources], self.contract, self.frame_stack)
+        envs = [copy.deepcopy(env) for env in sources]
+        return NativeSession(envs, self.contract, self.frame_stack, self.append_action)
 
     def _reset(self, seed: int | None) -> Array:
         return self._environments.reset(seed)

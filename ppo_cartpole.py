@@ -462,8 +462,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
 
         contract = session.contract
-        actor = Actor(contract.obs_shape, contract.n_actions).to(device)
-        critic = Critic(contract.obs_shape).to(device)
+        actor = Actor(session.obs_shape, contract.n_actions).to(device)
+        critic = Critic(session.obs_shape).to(device)
         parameters = [*actor.parameters(), *critic.parameters()]
         optimizer = Adam(parameters, eps=1e-5, fused=True)  # eps: [3], detail 3
         run.begin(actor, critic, optimizer, session, eval_session)
@@ -941,7 +941,7 @@ def watch(args: Args) -> None:
     """Play greedy episodes of a checkpoint in a window."""
     state = load_checkpoint(args.checkpoint)
     with open_session(args, 1, render_mode="human") as session:
-        actor = Actor(session.contract.obs_shape, session.contract.n_actions)
+        actor = Actor(session.obs_shape, session.contract.n_actions)
         try:
             actor.load_state_dict(state["actor"])
         except Exception as error:  # a damaged file can raise anything

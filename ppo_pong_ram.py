@@ -68,7 +68,7 @@ CONTRACT = Contract(
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-FRAMES = 2  # what is seen is the memory one step before and now: a single one does not show where the ball is going
+FRAMES = 3  # what is seen is the memory of the last three steps: a single one does not show where things are going
 SOLVED_RETURN = 19.0  # of 21: two points lost in a game
 FINAL_EPISODES = 30  # that the verdict at the end rests on, none of them seen before
 
@@ -81,35 +81,37 @@ class Args:
     """fixes everything: two runs on one machine write the same numbers to the log"""
     cuda: bool = False
     """run the networks on a GPU (for networks of this size the CPU is faster)"""
-    updates: int = 300
+    updates: int = 1220
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
-    eval_every: int = 5
+    eval_every: int = 40
     """updates between two evaluations of the greedy policy"""
-    eval_episodes: int = 20
+    eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
-    eval_max_steps: int = 30_000
+    eval_max_steps: int = 10_000
     """steps after which an evaluation episode is cut short, for environments that may never end one"""
     env_id: str = ENV_ID
     """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
-    num_envs: int = 8
+    num_envs: int = 32
     """N, environments that are stepped together; eight situations at a time make a steadier gradient than one"""
-    num_workers: int = 1
+    num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers"""
-    num_steps: int = 32
+    num_steps: int = 128
     """T, steps in each environment between two updates (the horizon); short, so that there are many updates"""
-    learning_rate: float = 2e-3
-    """step size of Adam; eight times the 2.5e-4 usual for Atari, which networks and batches this small bear"""
-    anneal_lr: bool = False
+    learning_rate: float = 1.4e-3
+    """step size of Adam for the actor"""
+    critic_learning_rate: float = 1e-2
+    """step size of Adam for the critic, which no ratio holds back, and which has to see a ball to the pixel"""
+    anneal_lr: bool = True
     """let the learning rate fall linearly to zero over --updates"""
     gamma: float = 0.99
     """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     num_minibatches: int = 4
     """parts that a rollout is shuffled into, one gradient step each"""
-    update_epochs: int = 8
+    update_epochs: int = 3
     """passes over a rollout"""
     clip_coef: float = 0.2
     """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
@@ -137,7 +139,11 @@ class Args:
         counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
             (counts + " update_epochs", lambda value: value >= 1, "must be at least 1"),
-            ("learning_rate clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
+            (
+                "learning_rate critic_learning_rate clip_coef max_grad_norm",
+                lambda value: 0 < value < math.inf,
+                "must be positive",
+            ),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
@@ -176,6 +182,7 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
         server_command=command,
         wait=False,
         frame_stack=FRAMES,
+        append_action=True,
     )
 
 
@@ -228,29 +235,29 @@ from torch import nn  # noqa: E402
 
 
 class Inputs(nn.Module):
-    """What a network sees: every byte and its change since the step before, each in units of its standard deviation.
+    """What a network sees: every byte, and its changes from step to step, each in units of its standard deviation.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  Means and deviations are those of all
     rollouts so far.  They are buffers: saved with the weights, and changed by nothing but ``update``.
     """
 
-    mean: torch.Tensor  # (2 * bytes,) float64, like the following
-    variance: torch.Tensor  # (2 * bytes,)
-    count: torch.Tensor  # ()
+    mean: torch.Tensor  # (F * D,) float64
+    variance: torch.Tensor  # (F * D,) float64
+    count: torch.Tensor  # () float64, the observations so far
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.size = FRAMES * math.prod(obs_shape)
+        self.size = math.prod(obs_shape)
         self.register_buffer("mean", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("variance", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
-        """(..., 2, bytes) uint8 -> (..., 2 * bytes) float32: the bytes, and by how much each has changed."""
-        before, now = observations.unbind(-2)
-        change = (now - before).view(torch.int8)  # a difference of bytes wraps around, as counters do: -128 .. 127
-        return torch.cat([now.float(), change.float()], -1)
+        """(..., F, D) uint8 -> (..., F * D) float32: the newest bytes, and by how much each byte has changed."""
+        newest, changes = observations[..., -1, :], observations.diff(dim=-2)
+        # A difference of bytes wraps around, and so do counters: read as signed, it is -128 .. 127.
+        return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         scale = torch.where(self.variance > 0, self.variance.rsqrt(), 0)  # what has never changed says nothing: 0
@@ -269,12 +276,12 @@ class Inputs(nn.Module):
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
-    """Two hidden layers of 256 ReLU units, normalised.  Orthogonal weights, zero biases ([3], detail 2)."""
-    layers = [nn.Linear(inputs, 256), nn.Linear(256, 256), nn.Linear(256, outputs)]
+    """Two hidden layers of 128 ReLU units, normalised.  Orthogonal weights, zero biases ([3], detail 2)."""
+    layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    hidden = [nn.Sequential(layer, nn.LayerNorm(256), nn.ReLU()) for layer in layers[:2]]
+    hidden = [nn.Sequential(layer, nn.LayerNorm(128), nn.ReLU()) for layer in layers[:2]]
     return nn.Sequential(*hidden, layers[2])
 
 
@@ -509,10 +516,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
 
         contract = session.contract
-        actor = Actor(contract.obs_shape, contract.n_actions).to(device)
-        critic = Critic(contract.obs_shape).to(device)
-        parameters = [*actor.parameters(), *critic.parameters()]
-        optimizer = Adam(parameters, eps=1e-5, fused=True)  # eps: [3], detail 3
+        actor = Actor(session.obs_shape, contract.n_actions).to(device)
+        critic = Critic(session.obs_shape).to(device)
+        rates = (args.learning_rate, args.critic_learning_rate)
+        optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
@@ -546,7 +553,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, returns = rollout.log_probs.flatten(), advantages.flatten(), returns.flatten()
             infos = []
@@ -992,7 +1000,7 @@ def watch(args: Args) -> None:
     """Play greedy episodes of a checkpoint in a window."""
     state = load_checkpoint(args.checkpoint)
     with open_session(args, 1, render_mode="human") as session:
-        actor = Actor(session.contract.obs_shape, session.contract.n_actions)
+        actor = Actor(session.obs_shape, session.contract.n_actions)
         try:
             actor.load_state_dict(state["actor"])
         except Exception as error:  # a damaged file can raise anything

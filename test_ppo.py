@@ -414,27 +414,38 @@ def test_arrays_are_overwritten_neither_by_the_session_nor_by_its_user():
 
 
 @pytest.mark.parametrize("kind", ["native", "2 workers"])
-def test_a_stack_of_frames_holds_one_episode_only(kind):
+def test_frames_and_actions_that_are_shown_belong_to_one_episode(kind):
     """Counting's observation is [episode, step], so every stack tells which frames it is made of."""
     contract = Contract((2,), 3)
+    shown = {"frame_stack": 2, "append_action": True}
     if kind == "native":
-        module = importlib.import_module("odd_envs")
-        session = NativeSession([module.Counting() for _ in range(2)], contract, frame_stack=2)
+        counting = importlib.import_module("odd_envs").Counting
+        session = NativeSession([counting(), counting()], contract, **shown)
     else:
-        session = GymnasiumSession("odd_envs:Counting-v0", contract, 2, 2, frame_stack=2)
+        session = GymnasiumSession("odd_envs:Counting-v0", contract, 2, 2, **shown)
     with session:
-        assert session.reset(1).tolist() == [[[1, 0], [1, 0]]] * 2  # an episode begins with its first frame, twice
+        assert session.obs_shape == (2, 5)
+        first = [1, 0, 0, 0, 0]  # episode, step, and no action that led here
+        assert session.reset(1).tolist() == [[first, first]] * 2
         ends = []
-        for _ in range(12):
-            transition = session.step([0, 0])
-            for before, now in transition.next_observation.tolist():
-                assert now == [before[0], before[1] + 1]
+        for step in range(8):
+            actions = [step % 3, 1]
+            transition = session.step(actions)
+            assert np.array_equal(transition.next_observation[:, 0], transition.observation[:, 1])
+            assert transition.next_observation[:, 1, 2:].tolist() == np.eye(3)[actions].tolist()
             done = transition.done
-            assert (session.observation[~done] == transition.next_observation[~done]).all()
-            ends += transition.next_observation[done].tolist()
-            assert all(before == now and now[1] == 0 for before, now in session.observation[done].tolist())
-        assert ends[::2][:3] == [[[1, 2], [1, 3]], [[2, 1], [2, 2]], [[3, 2], [3, 3]]]
-        assert session.twin(1).reset(1).shape == (1, 2, 2)
+            assert np.array_equal(session.observation[~done], transition.next_observation[~done])
+            for before, now in session.observation[done]:
+                assert np.array_equal(before, now)
+                assert now[1:].tolist() == [0, 0, 0, 0]
+            ends += transition.next_observation[done, :, :2].tolist()
+        assert ends[::2] == [[[1, 2], [1, 3]], [[2, 1], [2, 2]], [[3, 2], [3, 3]]]
+        with session.twin(1) as twin:
+            assert twin.reset(1).shape == (1, 2, 5)
+    with pytest.raises(ValueError, match="vectors"):
+        NativeSession([object()], Contract((2, 3), 2), append_action=True)
+    with pytest.raises(ValueError, match="frame_stack must be a positive integer"):
+        NativeSession([object()], contract, frame_stack=0)
 
 
 def test_a_twin_is_a_session_of_its_own():
@@ -1150,9 +1161,9 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed:
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() - vars(ppo).keys() == {"FRAMES", "Inputs"}
-    arguments = [[(field.name, field.type) for field in dataclasses.fields(script.Args)] for script in (ppo, pong)]
-    assert arguments[0] == arguments[1]
+    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
+    ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
+    assert theirs == {**ours, "critic_learning_rate": "float"}
 
 
 @given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
@@ -1161,22 +1172,22 @@ def test_input_scaling_against_numpy(seed, rollouts, constant):
     """Mean and deviation in one piece from everything seen; differences of bytes counted out."""
     rng = np.random.default_rng(seed)
     size = 3
-    batches = [rng.integers(0, 256, (int(rng.integers(2, 6)), 2, 2, size), np.uint8) for _ in range(rollouts)]
+    batches = [rng.integers(0, 256, (int(rng.integers(2, 6)), 2, 3, size), np.uint8) for _ in range(rollouts)]
     for batch in batches:
         batch[..., 0] = 7 if constant else batch[..., 0]
-    inputs = pong.Inputs((size,))
+    inputs = pong.Inputs((3, size))
     assert (inputs(torch.from_numpy(batches[0])) == 0).all()  # nothing is known yet, and nothing is shown
     for batch in batches:
         inputs.update(torch.from_numpy(batch))
 
     def features(observation):
-        before, now = observation.tolist()
-        changes = [(b - a + 128) % 256 - 128 for a, b in zip(before, now, strict=True)]
-        return [*now, *changes]
+        first, second, third = observation.tolist()
+        pairs = [*zip(first, second, strict=True), *zip(second, third, strict=True)]
+        return [*third, *((after - before + 128) % 256 - 128 for before, after in pairs)]
 
-    seen = np.array([features(o) for batch in batches for o in batch.reshape(-1, 2, size)], float)
+    seen = np.array([features(o) for batch in batches for o in batch.reshape(-1, 3, size)], float)
     std = seen.std(0)
-    asked = rng.integers(0, 256, (4, 2, size), np.uint8)
+    asked = rng.integers(0, 256, (4, 3, size), np.uint8)
     raw = np.array([features(o) for o in asked], float)
     expected = np.where(std > 0, (raw - seen.mean(0)) / np.where(std > 0, std, 1), 0).clip(-5, 5)
     result = inputs(torch.from_numpy(asked))
@@ -1186,11 +1197,11 @@ def test_input_scaling_against_numpy(seed, rollouts, constant):
 
 
 def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
-    actor = pong.Actor((128,), 6)
-    actor.inputs.update(torch.randint(0, 256, (50, 2, 128), dtype=torch.uint8))
-    twin = pong.Actor((128,), 6)
+    actor = pong.Actor((3, 134), 6)
+    actor.inputs.update(torch.randint(0, 256, (50, 3, 134), dtype=torch.uint8))
+    twin = pong.Actor((3, 134), 6)
     twin.load_state_dict(actor.state_dict())
-    observations = torch.randint(0, 256, (5, 2, 128), dtype=torch.uint8)
+    observations = torch.randint(0, 256, (5, 3, 134), dtype=torch.uint8)
     assert torch.equal(actor(observations), twin(observations))
     assert twin.inputs.count == 50
     assert not any("inputs" in name for name, _ in actor.named_parameters())
