@@ -1,13 +1,14 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, TODO minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
-Two paddles, one ball, and 21 points make a game.  A point won is a reward of 1, a point lost -1; so a game returns
--21 .. 21, and doing nothing returns -21.  Every step holds one of six actions for four frames, of which each is
-replaced by the action before with probability 0.25 (sticky actions [5]), so that no sequence of moves can be learned
-by heart.  The picture is not looked at: an observation is the memory of the game, bytes that nobody has explained.
-TODO what to watch
+Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
+game returns -21 .. 21; pushing buttons at random returns about -20.  Every step holds one of six actions for four
+frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [5]),
+so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
+memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20 through 0, where rallies get long,
+and the entropy fall from 1.79 (= ln 6, undecided) to about 1: three moves, each of which two actions stand for.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -21,7 +22,7 @@ References
     [5] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
 
 Legend, used in shape comments
-    T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (2, 128)
+    T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (3, 134)
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
 """
@@ -61,14 +62,16 @@ from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation,
 # What this environment promises, and what every observation and transition is held to.
 ENV_ID = "ALE/Pong-v5"
 CONTRACT = Contract(
-    obs_shape=(128,),
+    obs_shape=(128,),  # all the memory that an Atari 2600 has
     n_actions=6,  # nothing, fire, right (up), left (down), right and fire, left and fire
     obs_dtype="uint8",
     obs_range=(0, 255),
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-FRAMES = 3  # what is seen is the memory of the last three steps: a single one does not show where things are going
+# What is shown to the networks: the memory of the last three steps, since a single one does not tell where things are
+# going, each followed by the action that led to it, one-hot: where actions are sticky, the last one is not over yet.
+FRAMES = 3
 SOLVED_RETURN = 19.0  # of 21: two points lost in a game
 FINAL_EPISODES = 30  # that the verdict at the end rests on, none of them seen before
 
