@@ -97,15 +97,15 @@ class Args:
     env_id: str = ENV_ID
     """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
     num_envs: int = 32
-    """N, environments that are stepped together; eight situations at a time make a steadier gradient than one"""
+    """N, environments that are stepped together; half of them by each worker"""
     num_workers: int = 2
-    """processes that share the environments between them; changes the speed, not the numbers"""
+    """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
     num_steps: int = 128
-    """T, steps in each environment between two updates (the horizon); short, so that there are many updates"""
+    """T, steps in each environment between two updates (the horizon)"""
     learning_rate: float = 1.4e-3
-    """step size of Adam for the actor"""
+    """step size of Adam for the actor; large, as the batch is"""
     critic_learning_rate: float = 1e-2
-    """step size of Adam for the critic, which no ratio holds back, and which has to see a ball to the pixel"""
+    """step size of Adam for the critic, which no ratio holds back and which has to see the ball to the pixel"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over --updates"""
     gamma: float = 0.99

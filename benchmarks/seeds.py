@@ -2,6 +2,7 @@
 
     python benchmarks/seeds.py                                        # ppo_cartpole.py, seeds 1 to 10
     python benchmarks/seeds.py --seeds 1 2 3 -- --env-id Acrobot-v1 --updates 200
+    python benchmarks/seeds.py --script ppo_pong_ram.py --seeds 1 2 3 --keep data/pong
 
 Seconds are of the whole process, from the shell's point of view: starting Python and importing torch included.
 """
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", default="ppo_cartpole.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11))
+    parser.add_argument("--keep", type=Path, help="folder for the logs, curves and checkpoints (default: none is kept)")
     parser.add_argument("flags", nargs="*", help="after --: handed to the script")
     args = parser.parse_args()
     print("| seed | solved | greedy return over 100 fresh episodes | environment steps | seconds |")
@@ -29,7 +31,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            log = Path(folder) / f"{seed}.json"
+            log = (args.keep or Path(folder)) / f"{seed}.json"
             files = ["--log", str(log), "--checkpoint", str(log.with_suffix(".pt"))]
             command = [sys.executable, str(ROOT / args.script), "--seed", str(seed), *files, *args.flags]
             started = time.perf_counter()
