@@ -84,7 +84,7 @@ class Args:
     """fixes everything: two runs on one machine write the same numbers to the log"""
     cuda: bool = False
     """run the networks on a GPU (for networks of this size the CPU is faster)"""
-    updates: int = 1220
+    updates: int = 610
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
