@@ -243,6 +243,8 @@ class Inputs(nn.Module):
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  Means and deviations are those of all
     rollouts so far.  They are buffers: saved with the weights, and changed by nothing but ``update``.
+
+    Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
 
     mean: torch.Tensor  # (F * D,) float64
@@ -251,6 +253,8 @@ class Inputs(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
+        if len(obs_shape) != 2 or obs_shape[0] < 2:
+            raise ValueError(f"observations must be (F, D), F > 1 (give the session a frame_stack), not {obs_shape}")
         self.size = math.prod(obs_shape)
         self.register_buffer("mean", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("variance", torch.zeros(self.size, dtype=torch.float64))
@@ -258,6 +262,8 @@ class Inputs(nn.Module):
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, D) uint8 -> (..., F * D) float32: the newest bytes, and by how much each byte has changed."""
+        if observations.dtype != torch.uint8:
+            raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
         newest, changes = observations[..., -1, :], observations.diff(dim=-2)
         # A difference of bytes wraps around, and so do counters: read as signed, it is -128 .. 127.
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)

@@ -1196,6 +1196,13 @@ def test_input_scaling_against_numpy(seed, rollouts, constant):
     assert (result[:, 0] == 0).all() if constant else True
 
 
+def test_inputs_are_stacks_of_bytes():
+    with pytest.raises(ValueError, match="give the session a frame_stack"):
+        pong.Inputs((128,))
+    with pytest.raises(TypeError, match="must be bytes"):
+        pong.Inputs((3, 2))(torch.zeros(4, 3, 2))
+
+
 def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
     actor = pong.Actor((3, 134), 6)
     actor.inputs.update(torch.randint(0, 256, (50, 3, 134), dtype=torch.uint8))

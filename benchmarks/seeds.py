@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the logs, curves and checkpoints (default: none is kept)")
     parser.add_argument("flags", nargs="*", help="after --: handed to the script")
     args = parser.parse_args()
-    print("| seed | solved | greedy return over 100 fresh episodes | environment steps | seconds |")
+    print("| seed | solved | greedy return over fresh episodes | environment steps | seconds |")
     print("|---|---|---|---|---|")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
