@@ -205,8 +205,9 @@ class Contract:
         if (low > high).any() or (low > limits.max).any() or (high < limits.min).any():
             raise ValueError(f"obs_range {_show(self.obs_range)} holds no {self.obs_dtype}")
         lowest, highest = (np.full(self.obs_shape, limit, self._dtype) for limit in (limits.min, limits.max))
-        np.copyto(lowest, low.astype(self._dtype), where=low > limits.min)
-        np.copyto(highest, high.astype(self._dtype), where=high < limits.max)
+        with np.errstate(invalid="ignore"):  # infinities have no place in an integer, and are not copied
+            np.copyto(lowest, low.astype(self._dtype), where=low > limits.min)
+            np.copyto(highest, high.astype(self._dtype), where=high < limits.max)
         return lowest, highest
 
     # What the two comparisons of each check are made with; None where there is nothing to check.  Range and finiteness

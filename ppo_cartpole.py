@@ -78,7 +78,7 @@ class Args:
     seed: int = 1
     """fixes everything: two runs on one machine write the same numbers to the log"""
     cuda: bool = False
-    """run the networks on a GPU (for networks of this size the CPU is faster)"""
+    """run the networks on a GPU"""
     updates: int = 300
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_cartpole_trainlog.json")

@@ -7,8 +7,8 @@ Two paddles, one ball, and whoever has 21 points first wins.  A point won is a r
 game returns -21 .. 21; pushing buttons at random returns about -20.  Every step holds one of six actions for four
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [5]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
-memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20 through 0, where rallies get long,
-and the entropy fall from 1.79 (= ln 6, undecided) to about 1: three moves, each of which two actions stand for.
+memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
+(= ln 6, undecided) to about 1: there are three moves, and two actions stand for each of them.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -22,9 +22,10 @@ References
     [5] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
 
 Legend, used in shape comments
-    T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (3, 134)
+    T  steps of a rollout (--num-steps)       *D  the shape of an observation, (F, D); here (3, 134)
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
+    F  frames of an observation, each of D numbers: 128 bytes, and the action that led there as 6 zeros and ones
 """
 
 # /// script
@@ -83,7 +84,7 @@ class Args:
     seed: int = 1
     """fixes everything: two runs on one machine write the same numbers to the log"""
     cuda: bool = False
-    """run the networks on a GPU (for networks of this size the CPU is faster)"""
+    """run the networks on a GPU"""
     updates: int = 610
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
@@ -95,7 +96,7 @@ class Args:
     eval_max_steps: int = 10_000
     """steps after which an evaluation episode is cut short, for environments that may never end one"""
     env_id: str = ENV_ID
-    """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
+    """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
     num_envs: int = 32
     """N, environments that are stepped together; half of them by each worker"""
     num_workers: int = 2
@@ -103,11 +104,11 @@ class Args:
     num_steps: int = 128
     """T, steps in each environment between two updates (the horizon)"""
     learning_rate: float = 1.4e-3
-    """step size of Adam for the actor; large, as the batch is"""
+    """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
-    """step size of Adam for the critic, which no ratio holds back and which has to see the ball to the pixel"""
+    """step size of Adam for the critic, which no ratio holds back"""
     anneal_lr: bool = True
-    """let the learning rate fall linearly to zero over --updates"""
+    """let the learning rates fall linearly to zero over --updates"""
     gamma: float = 0.99
     """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
     gae_lambda: float = 0.8
@@ -127,7 +128,7 @@ class Args:
     target_kl: float | None = None
     """end an update's epochs early once the approximate KL divergence is above this"""
     solved_return: float | None = None
-    """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
+    """stop when the greedy mean return reaches this; the default knows ALE/Pong-v5, and never stops elsewhere"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser and counters are kept"""
     resume: bool = False
@@ -516,7 +517,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     (default: a twin of the session).  Both are closed at the end.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk).
     """
-    torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
+    torch.set_num_threads(1)  # the other cores are the emulators'
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     run = Run(args)  # counters, log, checkpoint: see Housekeeping
@@ -527,6 +528,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
+        # Differs from [3]: a learning rate for each network.  eps: [3], detail 3.
         rates = (args.learning_rate, args.critic_learning_rate)
         optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)

@@ -2,9 +2,9 @@
 
     python -m pytest
 
-Contract, sessions and faults first (gym_bridge.py), then advantages, loss and training (ppo_cartpole.py), then what a
-person sees at the command line.  Everything is real: environments, subprocesses, signals.  Where a formula is tested,
-the oracle is written a second time, another way, in plain Python.
+Contract, sessions and faults first (gym_bridge.py), then advantages, loss and rollout (ppo_cartpole.py), what Pong
+changes (ppo_pong_ram.py), and training as a person sees it at the command line.  Everything is real: environments,
+subprocesses, signals.  Where a formula is tested, the oracle is written a second time, another way, in plain Python.
 """
 
 import ast
@@ -1148,9 +1148,6 @@ def test_a_new_actor_starts_undecided_and_the_critic_near_zero():
         assert not layer.bias.any()
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 # ------------------------------------------------------------------------------------------------- what Pong changes
 
 
@@ -1193,7 +1190,8 @@ def test_input_scaling_against_numpy(seed, rollouts, constant):
     result = inputs(torch.from_numpy(asked))
     assert result.dtype == torch.float32
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-4)
-    assert (result[:, 0] == 0).all() if constant else True
+    if constant:
+        assert (result[:, 0] == 0).all()
 
 
 def test_inputs_are_stacks_of_bytes():
@@ -1214,11 +1212,33 @@ def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
+def test_annealing_lets_both_of_pongs_learning_rates_fall(monkeypatch):
+    class Bytes:
+        def reset(self, seed=None):
+            return np.zeros(2, np.uint8), {}
+
+        def step(self, action):
+            return np.array([action, 255], np.uint8), float(action), False, False, {}
+
+    rates = []
+    original = pong.Adam.step
+
+    def recorded(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(pong.Adam, "step", recorded)
+    flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
+    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
+    pong.train(pong.Args(env_id="Bytes", updates=4, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
+    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.75, 0.5, 0.25)]
+
+
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
 PONG_SHORT += ["--num-steps", "32"]
 
 
-def test_pong_from_the_command_line_and_resumed(workplace, monkeypatch):
+def test_pong_from_the_command_line_and_resumed():
     """Two updates on the real emulator, then a third after --resume."""
     done = run_script("--seed", "5", "--updates", "2", *PONG_SHORT, script="ppo_pong_ram.py")
     assert done.returncode == 0, done.stderr
@@ -1229,6 +1249,9 @@ def test_pong_from_the_command_line_and_resumed(workplace, monkeypatch):
     log = read_log("data/rl/ppo_pong_ram_trainlog.json")
     assert (log["title"], log["steps"]) == ("PPO on ALE/Pong-v5, seed 5", [0, 2])
     assert "version_ale_py" in notes(log)
+    one_worker = ["--num-workers", "1", "--log", "again.json", "--checkpoint", "again.pt"]
+    pong.train(tyro.cli(pong.Args, args=["--seed", "5", "--updates", "2", *PONG_SHORT, *one_worker]))
+    assert read_log("again.json")["series"] == log["series"]  # the seed fixes the numbers, whoever hosts the games
     state = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
     assert state["actor"]["inputs.count"] == state["critic"]["inputs.count"] == 256
     assert torch.equal(state["actor"]["inputs.mean"], state["critic"]["inputs.mean"])
@@ -1285,7 +1308,7 @@ def test_pong_needs_an_atari_game_and_ale_py(workplace, flags, message):
     assert "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ the whole run
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_it_learns():
