@@ -262,7 +262,7 @@ class Contract:
         elif type(raw) in (list, tuple):
             array = self._from_list(raw, env)
         else:
-            raise ContractViolation("obs_type", "a numpy array", _show(raw), env)
+            raise ContractViolation("obs_type", "an array of numbers", _show(raw), env)
         if array.shape != self.obs_shape:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
         if array.dtype == self._dtype:
@@ -755,6 +755,11 @@ class _Server:
         command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
         if make_kwargs:
             command += ["--make-kwargs", json.dumps(make_kwargs)]
+        for standard in range(3):  # where one is closed, a pipe would take its number, and hear what servers print
+            try:
+                os.fstat(standard)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)

@@ -35,6 +35,7 @@ import contextlib
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -451,7 +453,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
     (default: a twin of the session).  Both are closed at the end.
-    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk).
+    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk),
+    FloatingPointError (weights that are not finite any more).
     """
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
@@ -645,21 +648,31 @@ class Run:
             raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id}, not of {self.args.env_id}")
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for weights, moments in self.optimizer.state.items():
-            if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weights.shape:
-                raise ValueError("the optimiser's moments have other shapes than the weights")  # its kernel trusts them
+        for number, weights in enumerate(self.weights() if state["update"] else ()):
+            for name, shape in ("step", ()), ("exp_avg", weights.shape), ("exp_avg_sq", weights.shape):
+                moment = state["optimizer"]["state"][number][name]  # Adam's kernel trusts them
+                if not (isinstance(moment, torch.Tensor) and moment.shape == shape and moment.isfinite().all()):
+                    raise ValueError(f"the optimiser's {name} does not fit the weights")
+        # The moments alone: whatever else an optimiser has comes from the code and the flags.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]["state"]})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
-        self.update, self.env_steps = int(state["update"]), int(state["env_steps"])
-        self.checked_before, self.seconds_before = int(state["transitions_checked"]), float(state["seconds"])
-        self.steps = [int(step) for step in state["steps"]]
-        self.history = {name: [float(value) for value in state["history"][name]] for name in SERIES}
+        self.update, self.env_steps, self.checked_before, self.seconds_before = (
+            state[name] for name in ("update", "env_steps", "transitions_checked", "seconds")
+        )
+        self.steps, self.history = state["steps"], {name: state["history"][name] for name in SERIES}
+        numbers = [self.seconds_before, *itertools.chain(*self.history.values(), state["final_returns"] or [])]
+        counters = [self.update, self.env_steps, self.checked_before, *self.steps]
+        if not all(type(count) is int and count >= 0 for count in counters) or self.steps != sorted(set(self.steps)):
+            raise ValueError("its counters cannot be")
+        if not all(type(number) in (int, float) for number in numbers) or not self.seconds_before >= 0:
+            raise ValueError("what should be numbers is something else")
         if not {len(values) for values in self.history.values()} == {len(self.steps)} != {0}:
             raise ValueError("the history's series have different lengths")
         if state["final_returns"] is not None:
-            self.final_returns = np.array(state["final_returns"], float)
+            self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
+        self.check_weights()
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
@@ -679,10 +692,21 @@ class Run:
             },
         }
 
+    def weights(self) -> list[nn.Parameter]:
+        return [*self.actor.parameters(), *self.critic.parameters()]
+
+    def check_weights(self) -> None:
+        if not all(bool(weights.isfinite().all()) for weights in self.weights()):
+            raise FloatingPointError("weights are no longer finite numbers: a lower --learning-rate may help")
+
     def complete_update(
         self, sampled_returns: list[float], explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
-        """Take in what an update brought.  From here on, whatever happens, it is kept."""
+        """Take in what an update brought.  From here on, whatever happens, it is kept.
+
+        Raises FloatingPointError if the update has ruined the weights; then the last one is what is kept.
+        """
+        self.check_weights()
         with uninterrupted():
             self.update += 1
             self.env_steps += self.args.num_steps * self.sessions[0].num_envs
@@ -851,11 +875,16 @@ def replace_file(path: Path, content: bytes) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds.  ``weights_only``: a stranger's file is data, and runs no code.  Raises BadInput."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                archive.read(record)  # compares checksums; torch.load does not, and takes anything for numbers
+                if record.external_attr:
+                    raise ValueError(f"{record.filename} is no plain file")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"there is no checkpoint {path}: train first, or name one with --checkpoint") from None
     except Exception as error:  # a damaged file can raise anything
-        raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+        raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict) or state.get("script") != Path(__file__).name:
         raise BadInput(f"{path} is not a checkpoint of {Path(__file__).name}")
     return state
@@ -871,7 +900,9 @@ def stored_args(args: Args) -> Args:
         for field in fields(Args):
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
-            elif type(stored[field.name]) is not type(field.default) and field.default is not None:
+            elif type(stored[field.name]) not in (
+                (type(None), float) if field.default is None else (type(field.default),)
+            ):
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         return Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
@@ -973,6 +1004,8 @@ def main() -> None:
         stop("interrupted", 130)
     except BadInput as error:
         stop(error, 2)
+    except FloatingPointError as error:
+        stop(error, 1)
     except OSError as error:  # the disk is full, or nobody reads the output any more
         stop(f"{type(error).__name__}: {error}", 1)
     except (BridgeError, ContractViolation) as error:

@@ -8,10 +8,13 @@ subprocesses, signals.  Where a formula is tested, the oracle is written a secon
 """
 
 import ast
+import base64
+import contextlib
 import dataclasses
 import gc
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -28,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import ppo_cartpole as ppo
@@ -196,7 +199,7 @@ RESET_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["native", "2 workers"])
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
 @pytest.mark.parametrize(("case", "rule"), [row[1:] for row in STEP_ROWS], ids=[row[0] for row in STEP_ROWS])
 def test_contract_at_step(case, rule, kind):
     with odd_session(kind, case, at="step") as session:
@@ -208,7 +211,7 @@ def test_contract_at_step(case, rule, kind):
             assert_violation(session, lambda: session.step([0, 1, 0]), rule, "step 2, environment 1: ")
 
 
-@pytest.mark.parametrize("kind", ["native", "2 workers"])
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
 @pytest.mark.parametrize(("case", "rule"), [row[1:] for row in RESET_ROWS], ids=[row[0] for row in RESET_ROWS])
 def test_contract_at_reset(case, rule, kind):
     with odd_session(kind, case, at="reset") as session:
@@ -481,158 +484,325 @@ def test_step_before_reset_and_after_close():
 
 # --------------------------------------------------------------------------------------------------------------- faults
 
-# A server of a few lines.  At request FAULTY ("describe", "reset", "step") it does FAULT instead of the right thing.
+# A server of a few lines, for as many environments as it is told to host.  At request FAULTY, the one that hosts HOSTS
+# of them does FAULT instead of the right thing.  It answers in lists, where the real one is asked for base64.
 FAKE_SERVER = """
-import json, os, signal, subprocess, sys, time
+import base64, json, os, signal, struct, subprocess, sys, time
 def say(text): os.write(1, text.encode() if isinstance(text, str) else text)
+n = int(sys.argv[sys.argv.index("--num-envs") + 1])
 for line in sys.stdin:
     request = json.loads(line)
     reply = {"id": request["id"], "ok": True}
     if request["cmd"] == "describe":
-        reply.update(protocol=1, env_id="Fake-v0", num_envs=2, n_actions=2, obs_shape=[2], obs_dtype="float32",
+        reply.update(protocol=1, env_id="Fake-v0", num_envs=n, n_actions=2, obs_shape=[2], obs_dtype="float32",
                      obs_low=[-1, None], obs_high=[1, None], versions={})
     if request["cmd"] == "reset":
-        reply.update(obs=[[0.0, 0.0], [0.5, 0.5]])
+        reply.update(obs=[[0.0, 0.25] for _ in range(n)])
     if request["cmd"] == "step":
-        reply.update(next_obs=[[0.0, 0.25], [0.5, 0.5]], reward=[1.0, 0.0], terminated=[False, True],
-                     truncated=[False, False], reset_obs={"1": [0.0, 0.0]})
-    if request["cmd"] == "FAULTY":
+        reply.update(next_obs=[[0.5, 0.75] for _ in range(n)], reward=[1.0] * n, terminated=[False] * n,
+                     truncated=[False] * n, reset_obs={})
+    if request["cmd"] == "FAULTY" and n == HOSTS:
         FAULT
     say(json.dumps(reply) + "\\n")
 """
+FAKE = Contract((2,), 2, obs_range=(-1, 1), reward_range=(0, 1), require_exclusive_done_flags=True)
 
 
-def fake_session(workplace, faulty, fault, timeout=20.0):
+def fake_session(workplace, faulty, fault, env=2, timeout=20.0):
+    """Environments 0, 1, 2; worker 0 hosts the first, worker 1 the others.  Environment ``env`` has the fault."""
     server = workplace / "fake_server.py"
-    server.write_text(FAKE_SERVER.replace("FAULTY", faulty).replace("FAULT", fault))
+    hosts, own = (1, 0) if env == 0 else (2, env - 1)  # the environments of the worker; the index of this one there
+    code = FAKE_SERVER.replace("FAULTY", faulty).replace("HOSTS", str(hosts)).replace("FAULT", fault)
+    server.write_text(code.replace("ENV", str(own)))
     command = [sys.executable, str(server)]
-    return GymnasiumSession("Fake-v0", Contract((2,), 2), 2, timeout=timeout, server_command=command, wait=False)
+    return GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=timeout, server_command=command, wait=False)
 
 
-# name, the request, what the server does, the exception, what its message says
-FAULT_ROWS = [
-    ("banner_on_stdout", "describe", "say('Welcome!\\n')", BridgeError, "JSON"),
-    ("wrong_protocol", "describe", "reply['protocol'] = 2", BridgeError, "protocol must be 1, not 2"),
-    ("wrong_num_envs", "describe", "reply['num_envs'] = 3", BridgeError, "num_envs must be 2, not 3"),
-    ("missing_field", "describe", "del reply['obs_low']", BridgeError, r"lacks \['obs_low'\]"),
-    ("impossible_space", "describe", "reply['n_actions'] = True", ContractViolation, "declared_space.*n_actions"),
-    ("crossed_bounds", "describe", "reply['obs_low'] = [2, 0]", ContractViolation, "declared_space.*low <= high"),
-    ("other_space", "describe", "reply['n_actions'] = 3", ContractViolation, r"Discrete\(2\), got .*Discrete\(3\)"),
-    ("import_error", "describe", "import no_such_module", BridgeError, "exit code 1.*No module named 'no_such_module'"),
-    ("exit_in_mid_reply", "step", "say('{\"id\"'); sys.exit(3)", BridgeError, "middle of a reply.*exit code 3"),
-    ("killed", "step", "os.kill(os.getpid(), signal.SIGKILL)", BridgeError, "SIGKILL"),
-    ("noise", "step", "say('hello\\n')", BridgeError, "JSON"),
-    ("empty_line", "step", "say('\\n')", BridgeError, "JSON"),
-    ("bad_utf8", "step", "say(b'\\xff\\n')", BridgeError, "JSON"),
-    ("deep_nesting", "step", "say('[' * 100000 + '\\n')", BridgeError, "JSON"),
-    ("nan_token", "step", "reply['reward'][0] = float('nan')", BridgeError, "NaN is no JSON"),
-    ("key_twice", "step", 'say(\'{"id":3,"id":3}\\n\')', BridgeError, "twice"),
-    ("stale_id", "step", "reply['id'] -= 1", BridgeError, "id 2, the request had 3"),
-    ("id_of_another_type", "step", "reply['id'] = '3'", BridgeError, "integer id"),
-    (
-        "two_replies",
-        "step",
-        "say(json.dumps(reply) + '\\n')",
-        BridgeError,
-        "more than one reply|without being asked|has id 3",
-    ),
-    ("unknown_key", "step", "reply['bonus'] = 1", BridgeError, r"unknown \['bonus'\]"),
-    ("missing_key", "step", "del reply['reward']", BridgeError, r"lacks \['reward'\]"),
-    ("short_batch", "step", "reply['reward'] = [1.0]", ContractViolation, "batch_size"),
-    ("ragged_observation", "step", "reply['next_obs'][0] = [0.0]", ContractViolation, "obs_shape"),
-    ("null_in_observation", "step", "reply['next_obs'][1][0] = None", ContractViolation, "environment 1.*obs_type"),
-    ("real_time_signal", "step", "os.kill(os.getpid(), 40)", BridgeError, "signal 40"),
-    ("utf16", "step", "say((json.dumps(reply)).encode('utf-16-le') + b'\\n')", BridgeError, "JSON"),
-    ("byte_order_mark", "step", "say(b'\\xef\\xbb\\xbf')", BridgeError, "JSON"),
-    ("line_without_end", "step", "while True: say(' ' * 65536)", BridgeError, "longer than"),
-    ("strange_dtype", "describe", "reply['obs_dtype'] = ',5q'", ContractViolation, "declared_space.*obs_dtype"),
-    (
-        "deep_bounds",
-        "describe",
-        "say(json.dumps(reply).replace('[-1, null]', '[' * 400 + ']' * 400) + '\\n'); continue",
-        ContractViolation,
-        "declared_space",
-    ),
-    (
-        "infinite_bound",
-        "describe",
-        "say(json.dumps(reply).replace('-1', '1e999') + '\\n'); continue",
-        ContractViolation,
-        "declared_space.*infinite",
-    ),
-    ("endless_integer", "step", "reply['next_obs'][1][0] = 10**400", ContractViolation, "environment 1.*obs_dtype"),
-    (
-        "infinite_in_json",
-        "step",
-        "reply['next_obs'][1][0] = '1e999'; say(json.dumps(reply).replace('\"1e999\"', '1e999') + '\\n'); continue",
-        ContractViolation,
-        "environment 1.*obs_dtype.*inf",
-    ),
-    ("endless_bound", "describe", "reply['obs_low'] = [10**400, None]", ContractViolation, "declared_space"),
-    ("overflow", "step", "reply['next_obs'][1][0] = 1e39", ContractViolation, "environment 1.*obs_dtype"),
-    ("base64_of_wrong_length", "reset", "reply['obs'] = 'AAAA'", ContractViolation, "obs_shape.*3 bytes"),
-    ("base64_of_wrong_alphabet", "reset", "reply['obs'] = '?' * 24", ContractViolation, "obs_type"),
-    ("number_for_flag", "step", "reply['truncated'][0] = 0", ContractViolation, "environment 0.*done_type"),
-    ("no_reset_obs", "step", "reply['reset_obs'] = {}", ContractViolation, "environment 1.*reset_obs.*got none"),
-    ("reset_obs_unasked", "step", "reply['terminated'][1] = False", ContractViolation, "environment 1.*did not finish"),
-    ("reset_obs_of_nobody", "step", "reply['reset_obs']['2'] = [0, 0]", ContractViolation, "reset_obs"),
-    (
-        "failed_request",
-        "step",
-        "reply = {'id': 3, 'ok': False, 'error': 'boom', 'env': 1}",
-        BridgeError,
-        "environment 1.*boom",
-    ),
-    ("malformed_error", "step", "reply = {'id': 3, 'ok': False}", BridgeError, r"lacks \['error'\]"),
-    (
-        "hang_with_child",
-        "step",
-        "subprocess.Popen(['sleep', '60']); time.sleep(60)",
-        BridgeError,
-        "no whole reply within 1 s",
-    ),
-    ("hang_ignoring_sigterm", "step", "signal.signal(15, signal.SIG_IGN); time.sleep(60)", BridgeError, "within 1 s"),
-    ("hang_stopped", "step", "os.kill(os.getpid(), signal.SIGSTOP)", BridgeError, "within 1 s"),
-    ("half_a_line_then_silence", "step", "say('{\"id\":'); time.sleep(60)", BridgeError, "within 1 s; so far.*id"),
-    ("slow_drip", "step", "[(say(' '), time.sleep(0.1)) for _ in range(600)]", BridgeError, "within 1 s"),
+def assert_fault(session, faulty, error, message, env=None, worker=None):
+    """One error, in bounded time, that says where; then nothing lives and nothing more comes out."""
+    moment = time.monotonic()
+    with pytest.raises((BridgeError, ContractViolation)) as caught:  # noqa: PT012
+        session.reset(0)
+        moment = time.monotonic()
+        session.step([0, 1, 0])
+        session.step([0, 1, 0])  # a second reply to one request may be seen only now
+    took = time.monotonic() - moment
+    text = str(caught.value)
+    assert type(caught.value) is error
+    assert re.search(message, text, re.DOTALL), text
+    assert text.startswith({"describe": ("start", "reset"), "reset": ("reset", "step 1"), "step": "step "}[faulty])
+    assert env is None or (caught.value.env == env and f"environment {env}: " in text)
+    pids = [server.process.pid for server in session._servers]
+    assert worker is None or f"server pid {pids[worker]}" in text
+    assert took < session._timeout + 0.5 + 1.0  # and a second for a loaded machine
+    assert session.transitions_checked in (0, 3)  # never the batch that was bad
+    for pid in pids:
+        assert_gone(pid)
+    for again in (lambda: session.step([0, 1, 0]), lambda: session.reset(0), lambda: session.observation):
+        with pytest.raises(BridgeError):
+            again()
+    session.close()
+
+
+# What a process or a conversation can do, at any request: name with the verdict, the fault, what the message says.
+PROCESS_ROWS = [
+    ("reject_import_error", "import no_such_module", "exit code 1.*No module named 'no_such_module'"),
+    ("reject_exit_without_a_word", "sys.exit(3)", "hung up.*exit code 3"),
+    ("reject_half_a_line_then_exit", "say('{\"id\"'); sys.exit(3)", "middle of a reply.*exit code 3"),
+    ("reject_killed", "os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+    ("reject_crash", "os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+    ("reject_real_time_signal", "os.kill(os.getpid(), 40)", "signal 40"),
+    ("reject_banner", "say('Welcome!\\n')", "JSON.*Welcome"),
+    ("reject_empty_line", "say('\\n')", "JSON"),
+    ("reject_bad_utf8", "say(b'\\xff\\n')", "JSON"),
+    ("reject_utf16", "say((json.dumps(reply)).encode('utf-16-le') + b'\\n')", "JSON"),
+    ("reject_byte_order_mark", "say(b'\\xef\\xbb\\xbf')", "JSON"),
+    ("reject_deep_nesting", "say('[' * 100000 + '\\n')", "JSON"),
+    ("reject_nan_token", "reply['id'] = float('nan')", "NaN is no JSON"),
+    ("reject_infinity_token", "reply['more'] = -float('inf')", "-Infinity is no JSON"),
+    ("reject_key_twice", 'say(\'{"id":3,"id":3}\\n\')', "twice"),
+    ("reject_a_list", "reply = [reply]", "object with an integer id"),
+    ("reject_no_id", "del reply['id']", "object with an integer id"),
+    ("reject_no_ok", "del reply['ok']", "boolean ok"),
+    ("reject_number_for_ok", "reply['ok'] = 1", "boolean ok"),
+    ("reject_stale_id", "reply['id'] -= 1", r"the reply has id \d, the request had \d"),
+    ("reject_string_for_id", "reply['id'] = str(reply['id'])", "integer id"),
+    ("reject_fraction_for_id", "reply['id'] += 0.0", "integer id"),
+    ("reject_two_replies", "say(json.dumps(reply) + '\\n')", "more than one reply|without being asked|has id"),
+    ("reject_unknown_key", "reply['bonus'] = 1", r"unknown \['bonus'\]"),
+    ("reject_missing_key", "reply = {'id': reply['id'], 'ok': True}", "lacks"),
+    ("reject_failed_request", "reply = {'id': reply['id'], 'ok': False, 'error': 'boom', 'traceback': 't'}", "boom"),
+    ("reject_malformed_error", "reply = {'id': reply['id'], 'ok': False}", r"lacks \['error'\]"),
+    ("reject_line_without_end", "while True: say(' ' * 65536)", "longer than"),
+    ("reject_hang_with_child", "subprocess.Popen(['sleep', '60']); time.sleep(60)", "no whole reply within 1 s"),
+    ("reject_hang_that_ignores_sigterm", "signal.signal(15, signal.SIG_IGN); time.sleep(60)", "within 1 s"),
+    ("reject_hang_stopped", "os.kill(os.getpid(), signal.SIGSTOP)", "within 1 s"),
+    ("reject_half_a_line_then_silence", "say('{\"id\":'); time.sleep(60)", "within 1 s; so far.*id"),
+    ("reject_slow_drip", "[(say(' '), time.sleep(0.1)) for _ in range(600)]", "within 1 s"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "faulty", "fault", "error", "message"), FAULT_ROWS, ids=[row[0] for row in FAULT_ROWS]
-)
-def test_fault(workplace, name, faulty, fault, error, message):
-    slow = name.startswith(("hang", "half", "slow"))
-    session = fake_session(workplace, faulty, fault, timeout=1.0 if slow else 20.0)
-    started = time.monotonic()
-    with pytest.raises((BridgeError, ContractViolation)) as caught:  # noqa: PT012
-        session.reset(0)
-        started = time.monotonic()
-        session.step([0, 1])
-        session.step([0, 1])  # a second reply to one request may be seen only now
-    assert type(caught.value) is error
-    assert re.search(message, str(caught.value), re.DOTALL)
-    if slow:
-        assert time.monotonic() - started < 1.0 + 0.5 + 1.0  # timeout, killing, and a loaded machine
-    pid = int(re.search(r"server pid (\d+)", str(caught.value))[1])
-    assert_gone(pid)
-    with pytest.raises(BridgeError, match="dead"):
-        session.step([0, 1])
+@pytest.mark.parametrize("faulty", ["describe", "reset", "step"])
+@pytest.mark.parametrize(("row", "name", "fault", "message"), [(i, *row) for i, row in enumerate(PROCESS_ROWS)],
+                         ids=[row[0] for row in PROCESS_ROWS])  # fmt: skip
+def test_process_and_conversation(workplace, row, name, fault, message, faulty):
+    worker = (row + len(faulty)) % 2  # each row meets both workers
+    timeout = 1.0 if "1 s" in message else 20.0
+    session = fake_session(workplace, faulty, fault, env=worker, timeout=timeout)
+    assert_fault(session, faulty, BridgeError, message, worker=None if timeout == 1.0 else worker)
+
+
+# What can be wrong in the handshake alone.
+DESCRIBE_ROWS = [
+    ("reject_wrong_protocol", "reply['protocol'] = 2", BridgeError, "protocol must be 1, not 2"),
+    ("reject_protocol_true", "reply['protocol'] = True", BridgeError, "protocol must be 1, not True"),
+    ("reject_wrong_num_envs", "reply['num_envs'] = 3", BridgeError, "num_envs must be 2, not 3"),
+    ("reject_other_environment", "reply['env_id'] = 'Other-v0'", BridgeError, "env_id must be 'Fake-v0', not 'Other"),
+    ("reject_missing_field", "del reply['obs_low']", BridgeError, r"lacks \['obs_low'\]"),
+    ("reject_versions", "reply['versions'] = {'numpy': 2}", BridgeError, "versions must map names to strings"),
+    ("reject_no_actions", "reply['n_actions'] = 0", ContractViolation, "declared_space.*n_actions"),
+    ("reject_true_actions", "reply['n_actions'] = True", ContractViolation, "declared_space.*n_actions"),
+    ("reject_negative_shape", "reply['obs_shape'] = [-2]", ContractViolation, "declared_space.*obs_shape"),
+    ("reject_huge_shape", "reply['obs_shape'] = [10**9]", ContractViolation, "declared_space.*larger than 4 MiB"),
+    ("reject_strange_dtype", "reply['obs_dtype'] = ',5q'", ContractViolation, "declared_space.*obs_dtype"),
+    ("reject_crossed_bounds", "reply['obs_low'] = [2, 0]", ContractViolation, "declared_space.*low <= high"),
+    ("reject_short_bounds", "reply['obs_low'] = [0]", ContractViolation, "declared_space.*nested lists"),
+    ("reject_deep_bounds", "say(json.dumps(reply).replace('[-1, null]', '[' * 400 + ']' * 400) + '\\n'); continue",
+     ContractViolation, "declared_space"),
+    ("reject_infinite_bound", "say(json.dumps(reply).replace('-1', '1e999') + '\\n'); continue",
+     ContractViolation, "declared_space.*infinite"),
+    ("reject_endless_bound", "reply['obs_low'] = [10**400, None]", ContractViolation, "declared_space"),
+    ("reject_other_space", "reply['n_actions'] = 3", ContractViolation, r"Discrete\(2\), got .*Discrete\(3\)"),
+    ("reject_narrower_space", "reply['obs_high'] = [0.5, 0.5]", ContractViolation, r"range \(\(-1.*range \(\(-1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fault", "error", "message"), DESCRIBE_ROWS, ids=[row[0] for row in DESCRIBE_ROWS])
+def test_handshake(workplace, name, fault, error, message):
+    assert_fault(fake_session(workplace, "describe", fault), "describe", error, message, worker=1)
+
+
+# What can be wrong with one number of an observation, wherever an observation comes: the number, the rule.
+NUMBER_ROWS = [
+    ("reject_string", "'0.5'", "obs_type"),
+    ("reject_null", "None", "obs_type"),
+    ("reject_boolean", "True", "obs_type"),
+    ("reject_list", "[0.5]", "obs_type"),
+    ("reject_object", "{}", "obs_type"),
+    ("reject_above_range", "1.0000002", "obs_range"),
+    ("reject_below_range", "-2", "obs_range"),
+    ("reject_overflow_of_float32", "1e39", "obs_dtype"),
+    ("reject_overflow_of_float64", "Literal('1e999')", "obs_dtype"),
+    ("reject_endless_integer", "10**400", "obs_dtype"),
+]
+PLACES = {
+    "reset": "row = reply['obs'][ENV]",
+    "next_obs": "row = reply['next_obs'][ENV]",
+    "reset_obs": "row = [0.0, 0.25]; reply['reset_obs']['ENV'] = row; reply['truncated'][ENV] = True",
+}
+
+
+@pytest.mark.parametrize("env", [0, 1, 2])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "number", "rule"), NUMBER_ROWS, ids=[row[0] for row in NUMBER_ROWS])
+def test_a_number_of_an_observation(workplace, name, number, rule, place, env):
+    fault = f"{PLACES[place]}; row[{len(name) % 2}] = {number}"
+    if "Literal" in number:  # what json.dumps would not write
+        fault = (
+            fault.replace("Literal(", "(") + "; say(json.dumps(reply).replace('\"1e999\"', '1e999') + '\\n'); continue"
+        )
+    faulty = "reset" if place == "reset" else "step"
+    session = fake_session(workplace, faulty, fault, env)
+    assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
+
+
+# What else can be wrong with a reply to "step" or "reset": the fault, the rule.
+BATCH_ROWS = [
+    ("reject_short_observation", "step", "reply['next_obs'][ENV] = [0.5]", "obs_shape"),
+    ("reject_long_observation", "step", "reply['next_obs'][ENV] += [0.5]", "obs_shape"),
+    ("reject_number_for_observation", "step", "reply['next_obs'][ENV] = 0.5", "obs_type"),
+    ("reject_short_first_observation", "reset", "reply['obs'][ENV] = [0.5]", "obs_shape"),
+    ("reject_string_for_reward", "step", "reply['reward'][ENV] = '1'", "reward_type"),
+    ("reject_null_for_reward", "step", "reply['reward'][ENV] = None", "reward_type"),
+    ("reject_boolean_for_reward", "step", "reply['reward'][ENV] = True", "reward_type"),
+    ("reject_list_for_reward", "step", "reply['reward'][ENV] = [1]", "reward_type"),
+    ("reject_reward_above_range", "step", "reply['reward'][ENV] = 1.0000000000000002", "reward_range"),
+    ("reject_reward_below_range", "step", "reply['reward'][ENV] = -5e-324", "reward_range"),
+    ("reject_endless_reward", "step", "reply['reward'][ENV] = 10**400", "reward_finite"),
+    ("reject_number_for_terminated", "step", "reply['terminated'][ENV] = 0", "done_type"),
+    ("reject_string_for_truncated", "step", "reply['truncated'][ENV] = 'false'", "done_type"),
+    ("reject_null_for_truncated", "step", "reply['truncated'][ENV] = None", "done_type"),
+    ("reject_both_flags", "step", "reply['terminated'][ENV] = reply['truncated'][ENV] = True; "
+     "reply['reset_obs']['ENV'] = [0, 0]", "done_exclusive"),
+    ("reject_no_reset_obs", "step", "reply['terminated'][ENV] = True", "reset_obs"),
+    ("reject_reset_obs_unasked", "step", "reply['reset_obs']['ENV'] = [0, 0]", "reset_obs"),
+    ("reject_base64_with_nan", "step", "b = struct.pack('<ff', 0.5, float('nan')); a = struct.pack('<ff', 0, 0); "
+     "reply['next_obs'] = base64.b64encode(b''.join(b if i == ENV else a for i in range(n))).decode()", "obs_finite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("env", [0, 1, 2])
+@pytest.mark.parametrize(("name", "faulty", "fault", "rule"), BATCH_ROWS, ids=[row[0] for row in BATCH_ROWS])
+def test_one_environment_of_a_batch(workplace, name, faulty, fault, rule, env):
+    session = fake_session(workplace, faulty, fault, env)
+    assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
+
+
+# What can be wrong with a batch as a whole.
+SHAPE_ROWS = [
+    ("reject_short_batch_of_observations", "step", "reply['next_obs'].pop()", "batch_size"),
+    ("reject_long_batch_of_observations", "reset", "reply['obs'] += [[0, 0]]", "batch_size"),
+    ("reject_short_batch_of_rewards", "step", "reply['reward'].pop()", "batch_size"),
+    ("reject_long_batch_of_flags", "step", "reply['terminated'] += [False]", "batch_size"),
+    ("reject_null_for_flags", "step", "reply['truncated'] = None", "batch_size"),
+    ("reject_list_for_reset_obs", "step", "reply['reset_obs'] = []", "reset_obs"),
+    ("reject_reset_obs_of_nobody", "step", "reply['reset_obs']['2'] = [0, 0]", "reset_obs"),
+    ("reject_reset_obs_of_a_strange_name", "step", "reply['reset_obs']['01'] = [0, 0]", "reset_obs"),
+    ("reject_base64_too_short", "reset", "reply['obs'] = 'AAAA'", "obs_shape"),
+    ("reject_base64_too_long", "step", "reply['next_obs'] = 'AAAA' * 8", "obs_shape"),
+    ("reject_base64_alphabet", "reset", "reply['obs'] = '?' * 24", "obs_type"),
+    ("reject_base64_with_a_line_break", "reset", "reply['obs'] = 'A' * 12 + '\\n' + 'A' * 10 + '=='", "obs_type"),
+    ("reject_base64_for_one_row", "step", "reply['next_obs'][0] = 'AAAAAAAAAAA='", "obs_type"),
+]
+
+
+@pytest.mark.parametrize(("name", "faulty", "fault", "rule"), SHAPE_ROWS, ids=[row[0] for row in SHAPE_ROWS])
+def test_a_batch(workplace, name, faulty, fault, rule):
+    session = fake_session(workplace, faulty, fault)
+    assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", worker=1)
+
+
+# What can happen when it is over: close() never raises and never takes more than three seconds.
+CLOSE_ROWS = [
+    ("survive_no_reply", "continue"),
+    ("survive_exit", "sys.exit(3)"),
+    ("survive_crash", "os.kill(os.getpid(), signal.SIGSEGV)"),
+    ("survive_noise", "say(b'\\xff' * 9999)"),
+    ("survive_hang_with_child", "subprocess.Popen(['sleep', '60']); time.sleep(60)"),
+    ("survive_hang_that_ignores_sigterm", "signal.signal(15, signal.SIG_IGN); time.sleep(60)"),
+    ("survive_stopped", "os.kill(os.getpid(), signal.SIGSTOP)"),
+    ("survive_line_without_end", "while True: say(' ' * 65536)"),
+]
+
+
+@pytest.mark.parametrize("env", [0, 2], ids=["worker 0", "worker 1"])
+@pytest.mark.parametrize(("name", "fault"), CLOSE_ROWS, ids=[row[0] for row in CLOSE_ROWS])
+def test_close(workplace, name, fault, env):
+    session = fake_session(workplace, "close", fault, env)
+    session.reset(0)
+    session.step([0, 1, 0])
+    moment = time.monotonic()
+    session.close()
+    session.close()
+    assert time.monotonic() - moment < 3
+    for server in session._servers:
+        assert_gone(server.process.pid)
+
+
+def test_close_while_a_server_hangs_before_it_was_ever_asked(workplace):
+    (workplace / "hang.py").write_text("import time; time.sleep(60)")
+    command = [sys.executable, str(workplace / "hang.py")]
+    session = GymnasiumSession("Fake-v0", FAKE, 3, 2, server_command=command, wait=False)
+    moment = time.monotonic()
+    session.close()
+    assert time.monotonic() - moment < 3
+    for server in session._servers:
+        assert_gone(server.process.pid)
+
+
+def test_a_server_that_stops_reading(workplace):
+    """Its pipe is full before the request is written: that wait is bounded too."""
+    server = workplace / "fake_server.py"
+    code = FAKE_SERVER.replace("FAULTY", "reset").replace("HOSTS", "n")
+    server.write_text(code.replace("FAULT", "say(json.dumps(reply) + '\\n'); time.sleep(60)"))
+    command = [sys.executable, str(server)]
+    session = GymnasiumSession("Fake-v0", FAKE, 50_000, timeout=3, server_command=command)
+    session.reset(0)
+    moment = time.monotonic()
+    with pytest.raises(BridgeError, match="has not read its request within 3 s"):
+        session.step([0] * 50_000)
+    assert time.monotonic() - moment < 3 + 0.5 + 1
+    assert_gone(session._servers[0].process.pid)
 
 
 def test_a_fake_server_without_fault_is_understood(workplace):
-    """Lists instead of base64, and an environment that finishes: what the rows above deviate from."""
-    with fake_session(workplace, "none", "pass") as session:
-        assert session.reset(0).tolist() == [[0.0, 0.0], [0.5, 0.5]]
-        transition = session.step([0, 1])
-        assert transition.next_observation.tolist() == [[0.0, 0.25], [0.5, 0.5]]
-        assert transition.done.tolist() == [False, True]
-        assert session.observation.tolist() == [[0.0, 0.25], [0.0, 0.0]]
+    """What the rows above deviate from: lists instead of base64, and here an environment that finishes."""
+    fault = "reply['truncated'][ENV] = True; reply['reset_obs']['ENV'] = [-1, 1]"
+    with fake_session(workplace, "step", fault) as session:
+        assert session.reset(0).tolist() == [[0.0, 0.25]] * 3
+        transition = session.step([0, 1, 0])
+        assert transition.next_observation.tolist() == [[0.5, 0.75]] * 3
+        assert (transition.reward.tolist(), transition.terminated.tolist()) == ([1.0] * 3, [False] * 3)
+        assert transition.truncated.tolist() == [False, False, True]
+        assert session.observation.tolist() == [[0.5, 0.75], [0.5, 0.75], [-1.0, 1.0]]
 
 
-def test_a_command_that_does_not_exist():
-    with pytest.raises(BridgeError, match=r"start: cannot start .*no_such_command"):
-        GymnasiumSession("CartPole-v1", CARTPOLE, server_command=["no_such_command"])
+@pytest.mark.parametrize("command", ["no_such_command", "/", "odd_envs.py"])
+def test_a_command_that_cannot_be_run(command):
+    with pytest.raises(BridgeError, match=rf"start: cannot start .*{command}"):
+        GymnasiumSession(
+            "CartPole-v1", CARTPOLE, server_command=[os.path.abspath(command) if "." in command else command]
+        )
+
+
+def test_on_windows_the_message_names_wsl(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(BridgeError, match="WSL"):
+        GymnasiumSession("CartPole-v1", CARTPOLE)
+
+
+def test_a_trainer_without_stderr(workplace):
+    """With descriptor 2 closed, a pipe to a server would take its number, and the server's prints would enter it."""
+    (workplace / "trainer.py").write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from gym_bridge import *
+with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 2, dict(case="print('X' * 9999)")) as session:
+    session.reset(0)
+    for _ in range(9): session.step([0, 0])
+print("through")
+""")
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} trainer.py 2>&-"], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "through\n"
 
 
 def test_an_environment_that_raises_shows_its_own_traceback():
@@ -710,10 +880,11 @@ def test_a_second_ctrl_c_while_servers_are_being_ended(workplace):
     for delay in (0.3, 0.5):
         threading.Timer(delay, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
-        session.step([0, 1])
-    assert_gone(session._servers[0].process.pid)
+        session.step([0, 1, 0])
+    for server in session._servers:
+        assert_gone(server.process.pid)
     with pytest.raises(BridgeError, match="dead: KeyboardInterrupt"):
-        session.step([0, 1])
+        session.step([0, 1, 0])
 
 
 def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
@@ -721,7 +892,7 @@ def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
         session = fake_session(workplace, "step", "sys.exit(3)")
         session.reset(0)
         with pytest.raises(BridgeError):
-            session.step([0, 1])
+            session.step([0, 1, 0])
         with GymnasiumSession("CartPole-v1", CARTPOLE) as other:
             other.reset(0)
         return session, other
@@ -730,6 +901,7 @@ def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
         return len(os.listdir("/dev/fd")), threading.active_count()
 
     kept = [open_and_close()]
+    gc.collect()  # what earlier tests left
     before = count()
     kept += [open_and_close() for _ in range(4)]
     assert count() == before
@@ -758,6 +930,161 @@ what?
 def test_the_server_never_imports_torch():
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gym_bridge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --------------------------------------------------------------------------------------- a reply, mutated in any way
+
+DESCRIBED = {"id": 1, "ok": True, "protocol": 1, "env_id": "Fake-v0", "num_envs": 2, "n_actions": 2, "obs_shape": [2],
+             "obs_dtype": "float32", "obs_low": [-1, None], "obs_high": [1, None], "versions": {}}  # fmt: skip
+STEPPED = {"id": 3, "ok": True, "next_obs": [[0.5, -0.25], [1.0, 0.75]], "reward": [1.0, 0.5],
+           "terminated": [False, True], "truncated": [False, False], "reset_obs": {"1": [0.125, 0.0]}}  # fmt: skip
+
+
+def packed(rows):
+    return base64.b64encode(np.array(rows, "<f4").tobytes()).decode()
+
+
+STEPPED_BASE64 = {**STEPPED, "next_obs": packed(STEPPED["next_obs"]), "reset_obs": {"1": packed([0.125, 0.0])}}
+
+
+def oracle(line):
+    """What a reply to the step says, if it says it exactly (None if not): the rules once more, in plain Python."""
+
+    def unique(pairs):
+        assert len({key for key, _ in pairs}) == len(pairs)
+        return dict(pairs)
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    def observation(raw):
+        if type(raw) is str:
+            assert re.fullmatch("[A-Za-z0-9+/]{11}=", raw)
+            numbers = np.frombuffer(base64.b64decode(raw), "<f4").astype(float).tolist()
+        else:
+            assert type(raw) is list
+            assert all(type(number) in (int, float) for number in raw)
+            assert all(abs(number) <= 1 for number in raw)
+            numbers = [float(np.float32(number)) for number in raw]
+        assert len(numbers) == 2
+        assert all(-1 <= number <= 1 for number in numbers)
+        return numbers
+
+    try:
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        reply = json.loads(line.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        assert type(reply) is dict
+        assert reply.keys() == STEPPED.keys()
+        assert (type(reply["id"]), reply["id"], reply["ok"]) == (int, 3, True)
+        assert type(reply["ok"]) is bool
+        rows = reply["next_obs"]
+        if type(rows) is str:
+            assert re.fullmatch("[A-Za-z0-9+/]{22}==", rows)
+            raw = base64.b64decode(rows)
+            rows = [base64.b64encode(raw[:8]).decode(), base64.b64encode(raw[8:]).decode()]
+        else:
+            assert all(type(row) is list for row in rows)
+        assert len(rows) == len(reply["reward"]) == len(reply["terminated"]) == len(reply["truncated"]) == 2
+        for name in "reward", "terminated", "truncated":
+            assert type(reply[name]) is list
+        for reward, *flags in zip(reply["reward"], reply["terminated"], reply["truncated"], strict=True):
+            assert type(reward) in (int, float)
+            assert 0 <= reward <= 1
+            assert all(type(flag) is bool for flag in flags)
+            assert flags != [True, True]
+        done = [str(env) for env in (0, 1) if reply["terminated"][env] or reply["truncated"][env]]
+        assert type(reply["reset_obs"]) is dict
+        assert sorted(reply["reset_obs"]) == done
+        first = {env: observation(raw) for env, raw in reply["reset_obs"].items()}
+        following = [observation(row) for row in rows]
+        return (following, [float(reward) for reward in reply["reward"]], reply["terminated"], reply["truncated"],
+                [first.get(str(env), following[env]) for env in (0, 1)])  # fmt: skip
+    except (AssertionError, ValueError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+NUMBERS = st.one_of(
+    st.integers(-3, 3), st.integers(), st.floats(), st.sampled_from([0.0, -0.0, 1.0000001, 1e39, 10**400, 2**63])
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=4), st.sampled_from(["1", "AAAAAAAAAAA="])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from("01ab"), inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+def places(node):
+    """(container, key) of everything in a JSON value."""
+    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in keys:
+        yield node, key
+        yield from places(node[key])
+
+
+@st.composite
+def mutated_lines(draw):
+    """A valid reply with one or two things changed: a byte, a field, a number, a length."""
+    reply = json.loads(json.dumps(draw(st.sampled_from([STEPPED, STEPPED_BASE64]))))
+    if draw(st.booleans()):
+        for _ in range(draw(st.integers(1, 2))):
+            container, key = draw(st.sampled_from(list(places(reply))))
+            action = draw(st.sampled_from(["replace", "disguise", "delete", "add", "repeat"]))
+            if action == "replace":
+                container[key] = draw(VALUES)
+            elif action == "disguise":  # what a careless reader would take for the same
+                value = container[key]
+                like = [str(value), [value]]
+                like += [int(value), float(value), bool(value)] if isinstance(value, (bool, int, float)) else [None]
+                container[key] = draw(st.sampled_from(like))
+            elif action == "delete":
+                del container[key]
+            elif isinstance(container, list):
+                container.insert(key, draw(VALUES) if action == "add" else container[key])
+            else:
+                container[draw(st.text(max_size=3))] = draw(VALUES) if action == "add" else container[key]
+        return json.dumps(reply).encode() + b"\n"
+    line = bytearray(json.dumps(reply).encode() + b"\n")
+    if draw(st.booleans()):
+        key = draw(st.sampled_from(list(reply)))  # a field twice, a line more
+        field = json.dumps({key: draw(st.sampled_from([reply[key], 0]))}).encode()[1:-1]
+        return bytes(
+            draw(st.sampled_from([b"{" + field + b", " + line[1:], line[:-2] + b", " + field + b"}\n", 2 * line]))
+        )
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(line) - 1))
+        length = draw(st.integers(0, 4))
+        line[at : at + length] = draw(st.binary(max_size=4) | st.sampled_from([b"1", b"0", b"-", b"e9", b",", b"\n"]))
+    return bytes(line)
+
+
+@settings(max_examples=500, deadline=None)
+@given(mutated_lines())
+@example(json.dumps(STEPPED).encode() + b"\n")
+@example(json.dumps(STEPPED_BASE64).encode() + b"\n")
+@example(json.dumps(STEPPED).encode())
+def test_a_mutated_reply_is_exactly_right_or_an_error(line):
+    """Read from a real process.  No other exception, no hang, and never a value that the line does not say."""
+    Path("describe").write_text(json.dumps(DESCRIBED) + "\n")
+    Path("reset").write_text('{"id":2,"ok":true,"obs":[[0,0],[0,0]]}\n')
+    Path("step").write_bytes(line)
+    script = "for reply in describe reset step; do read -r request; cat $reply; done; read -r request"
+    timeout = 20.0 if b"\n" in line else 0.2  # no line end: nothing but the deadline will tell
+    contract = dataclasses.replace(FAKE, obs_range=(-1, 1))
+    command = ["sh", "-c", script, "sh"]
+    session = GymnasiumSession("Fake-v0", contract, 2, timeout=timeout, server_command=command)
+    session.reset(0)
+    expected = oracle(line)
+    if expected is None:
+        with pytest.raises((ContractViolation, BridgeError)):
+            session.step([0, 1])
+        with pytest.raises(BridgeError, match="dead"):
+            session.step([0, 1])
+    else:
+        new = session.step([0, 1])
+        found = new.next_observation, new.reward, new.terminated, new.truncated, session.observation
+        assert tuple(array.tolist() for array in found) == expected
+    session.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
@@ -1466,44 +1793,97 @@ def test_the_checkpoint_is_data_only(short_run):
     actor.load_state_dict(state["actor"])
 
 
-def damage(state, name):
-    """A checkpoint with one thing wrong, as ``torch.save`` would write it."""
-    if name == "moments of another shape":
-        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
-    elif name == "weights of another shape":
-        state["actor"]["net.1.weight"] = torch.zeros(3, 3)
-    elif name == "short history":
-        state["history"]["entropy"].pop()
-    elif name == "no arguments":
-        del state["args"]
-    elif name == "argument of another type":
-        state["args"]["num_envs"] = 8.0
-    elif name == "word for a number":
-        state["update"] = "four"
-    elif name == "another script":
-        state["script"] = "other.py"
-    return state
+def begin_from(checkpoint):
+    """What --resume does before it plays."""
+    args = ppo.stored_args(ppo.Args(resume=True, checkpoint=Path(checkpoint)))
+    actor, critic = networks()
+    run = ppo.Run(args)
+    run.begin(actor, critic, ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True))
+    return run
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "moments of another shape",
-        "weights of another shape",
-        "short history",
-        "no arguments",
-        "argument of another type",
-        "word for a number",
-        "another script",
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(short_run, name):
+def same(one, other):
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and one.numpy().tobytes() == other.numpy().tobytes()
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or one != one != other
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_checkpoint_with_other_bytes_is_the_same_or_refused(short_run, data):
+    folder, _ = short_run
+    whole = (folder / "data/rl/ppo_cartpole.pt").read_bytes()
+    content = bytearray(whole)
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(len(content) - 6000, len(content) - 1))
+    length = data.draw(st.sampled_from([0, 1, 1, 4, len(content)]))
+    content[at : at + length] = data.draw(st.binary(max_size=4))
+    Path("whole.pt").write_bytes(whole)
+    Path("other.pt").write_bytes(content)
+    try:
+        state = ppo.load_checkpoint(Path("other.pt"))
+    except ppo.BadInput as error:
+        assert str(error).startswith("other.pt is not a")  # noqa: PT017
+    else:
+        assert same(state, ppo.load_checkpoint(Path("whole.pt")))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_checkpoint_with_another_value_is_taken_as_it_stands_or_refused(short_run, data):
     folder, _ = short_run
     state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
-    torch.save(damage(state, name), "damaged.pt")
-    args = ppo.Args(resume=True, updates=9, checkpoint=Path("damaged.pt"))
-    with pytest.raises(ppo.BadInput, match=r"^damaged\.pt (is not|does not)"):
-        ppo.train(ppo.stored_args(args), cartpole_session(8))
+    container, key = data.draw(st.sampled_from(list(places(state))))
+    action = data.draw(st.sampled_from(["replace", "delete", "repeat", "tensor"]))
+    if action == "replace":
+        container[key] = data.draw(VALUES)
+    elif action == "tensor":
+        shape = data.draw(st.sampled_from([(1,), (2, 2), (64, 4), (64,)]))
+        container[key] = torch.full(shape, data.draw(st.sampled_from([0.0, math.nan, math.inf])))
+    elif action == "delete" or not isinstance(container, list):
+        del container[key]
+    else:
+        container.insert(key, container[key])
+    torch.save(state, "other.pt")
+    try:
+        run = begin_from("other.pt")
+    except ppo.BadInput as error:
+        assert "other.pt" in str(error)  # noqa: PT017
+    else:
+        begun = run.state()
+        for name in "update", "env_steps", "actor", "critic":
+            assert same(begun[name], state[name]), name
+        assert same(begun["optimizer"]["state"], state["optimizer"]["state"])
+        assert same(run.history, {name: state["history"][name] for name in ppo.SERIES})
+
+
+FLAGS = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ppo.Args)]
+WORDS = st.one_of(
+    st.sampled_from(FLAGS),
+    st.sampled_from(["0", "-1", "1", "4", "7", "0.5", "nan", "inf", "1e400", "None", "True", "", ".", "CartPole-v1"]),
+    st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=6),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(WORDS, max_size=4).map(lambda words: [w for w in words if w not in ("-h", "--help")]))
+def test_a_command_line_is_understood_or_refused_with_code_2(words):
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            args = tyro.cli(ppo.Args, args=words)
+    except SystemExit as end:
+        assert end.code == 2  # noqa: PT017
+        assert len(heard.getvalue()) > 20
+    else:
+        assert args.num_envs * args.num_steps % args.num_minibatches == 0
+        assert args.learning_rate > 0
+        assert 0 <= args.gamma <= 1
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--watch"])
@@ -1571,27 +1951,69 @@ def test_ctrl_c_saves_and_leaves_with_130(times):
         assert run_script("--resume", *flags).returncode == 0
 
 
-def test_a_violation_ends_the_run_and_keeps_what_was_learned():
-    Path("sick.py").write_text("""
-import gymnasium, numpy as np
+# An environment that is CartPole until, somewhere in the tenth update, it does what the file "sickness" says.
+SICK = """
+import os, time, gymnasium, numpy as np
+from pathlib import Path
 from gymnasium.envs.classic_control import CartPoleEnv
 class Sick(CartPoleEnv):
     steps = 0
     def step(self, action):
         Sick.steps += 1
-        obs, *rest = super().step(action)
-        return (obs * np.nan if Sick.steps == 2500 else obs), *rest
+        obs, reward, terminated, truncated, info = super().step(action)
+        if Sick.steps == 2500 and Path("sickness").exists():
+            exec(Path("sickness").read_text())
+        return obs, reward, terminated, truncated, info
 gymnasium.register("Sick-v0", Sick, max_episode_steps=500)
+"""
+# name, what the environment does, what the message says
+SICK_ROWS = [
+    ("nan", "obs[1] = np.nan", r"step 313, environment \d: contract rule obs_finite broken: .*got nan"),
+    ("raises", "raise OverflowError('too much')", r"step 313, environment \d: .*OverflowError: too much.*sick.py"),
+    ("killed", "os.kill(os.getpid(), 9)", r"step 313: the server hung up.*SIGKILL"),
+    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 2 s.*was running"),
+    ("stopped", "os.kill(os.getpid(), 19)", r"step 313: no whole reply within 2 s"),
+    ("prints", "os.write(2, b'last words'); os._exit(7)", r"step 313: .*exit code 7.*last words"),
+]
+
+
+@pytest.mark.parametrize(("name", "sickness", "message"), SICK_ROWS, ids=[row[0] for row in SICK_ROWS])
+def test_a_run_whose_environment_falls_ill(name, sickness, message):
+    """One message, exit code 1, everything up to the last completed update, and --resume goes on from there."""
+    Path("sick.py").write_text(SICK)
+    Path("sickness").write_text(sickness)
+    Path("run.py").write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import ppo_cartpole as ppo
+if __name__ == "__main__":  # main() with a deadline of its own
+    contract = ppo.Contract.from_env("sick:Sick-v0")
+    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout=2.0 if "s" in {name!r} else 60.0))
+    ppo.main()
 """)
-    done = run_script("--env-id", "sick:Sick-v0", "--updates", "100", "--eval-every", "4", "--eval-episodes", "2",
-                      "--eval-max-steps", "20")  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(r"step \d+, environment \d: contract rule obs_finite broken", done.stderr)
+    flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
+    done = run_script("--updates", "100", *flags, script=Path("run.py").absolute())
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"saved everything up to update 9: .*\nppo_cartpole\.py: " + message, done.stderr, re.DOTALL)
+    assert "Traceback" not in done.stderr.split("OverflowError")[0].replace(
+        "Traceback (most recent call last):\n  File", ""
+    )
     state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
-    assert state["update"] == 2499 // (8 * 32)
-    assert notes(read_log())["violations"] == "1"
+    assert (state["update"], state["steps"]) == (9, [0, 4, 8, 9])
     assert all(torch.isfinite(weights).all() for weights in state["actor"].values())
+    assert (read_log()["steps"], notes(read_log())["violations"]) == ([0, 4, 8, 9], str(int(name == "nan")))
+    assert "<polyline" in Path("data/rl/ppo_cartpole_trainlog.svg").read_text()
+    Path("sickness").unlink()
+    done = run_script("--resume", "--updates", "11")
+    assert done.returncode == 0, done.stderr
+    assert read_log()["steps"] == [0, 4, 8, 9, 11]
+
+
+def test_a_policy_that_diverges():
+    done = run_script("--learning-rate", "1e30", *SHORT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("a lower --learning-rate may help")
+    assert "Traceback" not in done.stderr
+    assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] == 0
 
 
 # name, flags, what the message says
