@@ -907,6 +907,13 @@ def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
     assert count() == before
 
 
+def test_nothing_grows():
+    """The short form of the soak: 20,000 steps, then sessions opened, closed and killed."""
+    command = [sys.executable, str(HERE / "benchmarks/soak.py"), "--steps", "20000", "--sessions", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "nothing has grown"), done.stdout + done.stderr
+
+
 def test_a_person_can_hold_the_conversation():
     typed = """{"id": 1, "cmd": "describe"}
 {"id": 2, "cmd": "reset", "seed": 1}
@@ -1487,7 +1494,8 @@ def test_the_scripts_share_all_but_what_pong_changes():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
     assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    assert theirs == {**ours, "critic_learning_rate": "float"}
+    rates = {"critic_learning_rate": "float", "late_gamma": "float", "late_gae_lambda": "float"}
+    assert theirs == {**ours, **rates, "cut_at_reward": "bool"}
 
 
 @given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
@@ -1539,7 +1547,9 @@ def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_annealing_lets_both_of_pongs_learning_rates_fall(monkeypatch):
+def test_the_second_half_of_pongs_training(monkeypatch):
+    """Both learning rates fall to zero, and credit reaches further back; at any time it ends with a reward."""
+
     class Bytes:
         def reset(self, seed=None):
             return np.zeros(2, np.uint8), {}
@@ -1554,11 +1564,26 @@ def test_annealing_lets_both_of_pongs_learning_rates_fall(monkeypatch):
         rates.append([group["lr"] for group in self.param_groups])
         return original(self, *args, **kwargs)
 
+    horizons = []
+    original_gae = pong.gae
+
+    def recorded_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
+        horizons.append((gamma, gae_lambda))
+        ended.append(terminated.tolist() == (rewards != 0).tolist())
+        return original_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+
+    ended = []
     monkeypatch.setattr(pong.Adam, "step", recorded)
+    monkeypatch.setattr(pong, "gae", recorded_gae)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     pong.train(pong.Args(env_id="Bytes", updates=4, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
-    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.75, 0.5, 0.25)]
+    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 1, 1, 0.5)]
+    assert horizons == [(0.99, 0.8), (0.99, 0.8), (0.997, 0.95), (0.997, 0.95)]
+    assert ended == [True] * 4
+    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
+    pong.train(pong.Args(env_id="Bytes", updates=1, cut_at_reward=False, **flags), session)
+    assert ended[4] is False
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
