@@ -336,6 +336,16 @@ def test_the_readme_names_every_rule():
         assert f"| `{rule}` | {meaning} |" in readme
 
 
+def test_the_readme_counts_and_compares_the_files_as_they_are():
+    """Line counts, and what Pong changes (put the output of the diff into the README where this fails)."""
+    readme = (HERE / "README.md").read_text()
+    for name, count in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", readme, re.MULTILINE):
+        assert len((HERE / name).read_text().splitlines()) == int(count.replace(",", "")), name
+    scripts = ["ppo_cartpole.py", "ppo_pong_ram.py"]
+    shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
+    assert shown == subprocess.run(["diff", *scripts], cwd=HERE, capture_output=True, text=True).stdout
+
+
 def test_from_env_is_the_contract_that_the_spaces_declare():
     contract = Contract.from_env("CartPole-v1")
     assert (contract.obs_shape, contract.n_actions, contract.obs_dtype) == ((4,), 2, "float32")
@@ -1858,6 +1868,7 @@ def test_a_checkpoint_with_other_bytes_is_the_same_or_refused(short_run, data):
         assert same(state, ppo.load_checkpoint(Path("whole.pt")))
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor where a dictionary was
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_checkpoint_with_another_value_is_taken_as_it_stands_or_refused(short_run, data):
@@ -1943,7 +1954,11 @@ def test_another_environment_needs_no_change():
 
 def test_ctrl_c_while_torch_is_being_imported():
     process = subprocess.Popen([sys.executable, str(HERE / "ppo_cartpole.py")], stderr=subprocess.PIPE, text=True)
-    time.sleep(0.6)
+    while (
+        str(process.pid)
+        not in subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True).stdout.split()
+    ):
+        time.sleep(0.02)  # the servers are started just before
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "ppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
