@@ -39,7 +39,6 @@ import contextlib
 import html
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -159,6 +158,7 @@ class Args:
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must be a number of this world"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
         ]
@@ -175,7 +175,8 @@ class Args:
             shlex.split(self.server_command or "")
         except ValueError as error:
             raise ValueError(f"--server-command cannot be split into words: {error}") from None
-        if len({self.log, self.log.with_suffix(".svg"), self.checkpoint}) < 3:
+        files = [self.log, self.log.with_suffix(".svg"), self.checkpoint]
+        if len({os.path.abspath(path) for file in files for path in (file, part_of(file))}) < 6:
             raise ValueError(
                 "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
             )
@@ -202,26 +203,28 @@ class BadInput(Exception):
     """Something that the person asked for and that cannot be: said in one line, exit code 2."""
 
 
-def check_writable(path: Path) -> None:
-    """Raises BadInput if there cannot be a file at ``path``: better said now than after an hour of training."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part_of(path).touch()
-        part_of(path).unlink()
-        if path.exists() and not path.is_file():
-            raise OSError("there is something else of this name")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from None
+def check_writable(args: Args) -> None:
+    """Raises BadInput if there cannot be the files of a run: better said now than after an hour of training."""
+    for path in args.log, args.log.with_suffix(".svg"), args.checkpoint:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part_of(path).touch()
+            part_of(path).unlink()
+            if path.exists() and not path.is_file():
+                raise OSError("there is something else of this name")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot write {path}: {error}") from None
 
 
 def part_of(path: Path) -> Path:
     """Where the content of a file is put together before it takes the file's place."""
-    return path.with_name(path.name + ".part")
+    return Path(f"{path}.part")
 
 
 def stop(message: object, code: int) -> NoReturn:
     """End the program with one message to the person who started it."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -233,8 +236,7 @@ if __name__ == "__main__":
     early_args = tyro.cli(Args)
     if not (early_args.resume or early_args.watch):
         try:
-            check_writable(early_args.log)
-            check_writable(early_args.checkpoint)
+            check_writable(early_args)
             EARLY.append(open_session(early_args, early_args.num_envs))
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
         except (BadInput, BridgeError, ContractViolation) as error:
@@ -709,16 +711,16 @@ class Run:
     ) -> None:
         """Take note of what is to be saved; with --resume, go back to where the checkpoint was."""
         self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
-        check_writable(self.args.log)
-        check_writable(self.args.checkpoint)
+        check_writable(self.args)
         if self.args.resume:
             try:
                 self.restore(load_checkpoint(self.args.checkpoint))
             except BadInput:
                 raise
             except Exception as error:  # a damaged file can raise anything
-                reason = f"{type(error).__name__}: {error}"
-                raise BadInput(f"{self.args.checkpoint} does not fit {Path(__file__).name}: {reason}") from None
+                raise BadInput(
+                    f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
+                ) from None
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
@@ -726,34 +728,35 @@ class Run:
         """The opposite of ``state`` and ``save``."""
         env_id = state["args"]["env_id"]
         if env_id != self.args.env_id:
-            raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id}, not of {self.args.env_id}")
+            raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id!r}, not of {self.args.env_id}")
+        form: dict[str, Any] = {"update": 0, "env_steps": 0, "transitions_checked": 0, "seconds": 0.0, "steps": [0]}
+        form |= {"actor": cloned(self.actor.state_dict()), "critic": cloned(self.critic.state_dict())}
+        form |= {"history": {name: [0.0] for name in SERIES}}
+        for name, example in form.items():
+            check_form(name, state[name], example)
+        moments = {"step": torch.zeros(())}
+        weights = [{**moments, "exp_avg": each.detach(), "exp_avg_sq": each.detach()} for each in self.weights()]
+        stored = state["optimizer"]["state"]
+        check_form("optimizer", stored, dict(enumerate(weights)) if stored or state["update"] else {})
+        steps = state["steps"]
+        if not steps or steps != sorted(set(steps)) or steps[-1] > state["update"]:
+            raise ValueError("the rows of its history are not in order")
+        if {len(values) for values in state["history"].values()} != {len(steps)}:
+            raise ValueError("the history's series have different lengths")
+        if state["final_returns"] is not None:
+            check_form("final_returns", state["final_returns"], [0.0])
+            self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
-        for number, weights in enumerate(self.weights() if state["update"] else ()):
-            for name, shape in ("step", ()), ("exp_avg", weights.shape), ("exp_avg_sq", weights.shape):
-                moment = state["optimizer"]["state"][number][name]  # Adam's kernel trusts them
-                if not (isinstance(moment, torch.Tensor) and moment.shape == shape and moment.isfinite().all()):
-                    raise ValueError(f"the optimiser's {name} does not fit the weights")
         # The moments alone: whatever else an optimiser has comes from the code and the flags.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
-        self.update, self.env_steps, self.checked_before, self.seconds_before = (
-            state[name] for name in ("update", "env_steps", "transitions_checked", "seconds")
+        self.update, self.env_steps, self.steps, self.history = (
+            state[name] for name in ("update", "env_steps", "steps", "history")
         )
-        self.steps, self.history = state["steps"], {name: state["history"][name] for name in SERIES}
-        numbers = [self.seconds_before, *itertools.chain(*self.history.values(), state["final_returns"] or [])]
-        counters = [self.update, self.env_steps, self.checked_before, *self.steps]
-        if not all(type(count) is int and count >= 0 for count in counters) or self.steps != sorted(set(self.steps)):
-            raise ValueError("its counters cannot be")
-        if not all(type(number) in (int, float) for number in numbers) or not self.seconds_before >= 0:
-            raise ValueError("what should be numbers is something else")
-        if not {len(values) for values in self.history.values()} == {len(self.steps)} != {0}:
-            raise ValueError("the history's series have different lengths")
-        if state["final_returns"] is not None:
-            self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
-        self.check_weights()
+        self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
@@ -800,7 +803,8 @@ class Run:
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        self.add_row(float(returns.mean()))
+        with uninterrupted():
+            self.add_row(float(returns.mean()))
         self.save()
         self.print_line()
 
@@ -837,20 +841,21 @@ class Run:
                     if self.steps[-1] < self.update:
                         self.add_row(math.nan)  # there was no evaluation
                     self.save()
-                    self.end_line()
-                    print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
+                    with contextlib.suppress(OSError):  # nobody may be reading any more
+                        self.end_line()
+                        print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
             raise
 
     def save(self) -> None:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
-        replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
-        replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
         torch.save(
             {**self.snapshot, "steps": self.steps, "history": self.history, "final_returns": final_returns}, buffer
         )
         replace_file(self.args.checkpoint, buffer.getvalue())
+        replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
+        replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
 
     def train_log(self) -> dict[str, Any]:
         """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
@@ -915,6 +920,29 @@ class Run:
         )
 
 
+def check_form(name: str, stored: Any, example: Any) -> None:
+    """Raises ValueError unless ``stored`` is built like ``example``: types, keys, shapes; lists of any length."""
+    if isinstance(example, float):
+        good = type(stored) in (int, float) and (abs(stored) < 1e300 or stored != stored or abs(stored) == math.inf)
+    else:
+        good = type(stored) is type(example)
+    if good and isinstance(example, torch.Tensor):  # Adam's kernel would trust any shape, and reads as if contiguous
+        good = (stored.dtype, stored.shape) == (example.dtype, example.shape) and stored.is_contiguous()
+        good = good and bool(stored.isfinite().all())
+    elif good and isinstance(example, dict):
+        good = stored.keys() == example.keys()
+    elif good and isinstance(example, int):
+        good = 0 <= stored < 2**63
+    if not good:
+        raise ValueError(f"its {name} cannot be")
+    if isinstance(example, dict):
+        for key in example:
+            check_form(name, stored[key], example[key])
+    elif isinstance(example, list):
+        for value in stored:
+            check_form(name, value, example[0])
+
+
 def cloned(tree: Any) -> Any:
     """A state dict with tensors of its own (copy.deepcopy does the same, ten times slower)."""
     if isinstance(tree, dict):
@@ -931,17 +959,17 @@ def json_number(value: float) -> float | str:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is through."""
+    """Ctrl-C and the like wait until the block is through."""
     if threading.current_thread() is not threading.main_thread():  # where signals never arrive
         yield
         return
     waiting: list[int] = []
-    both = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, _: waiting.append(number)) for number in both]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, lambda number, _: waiting.append(number)) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(both, handlers, strict=True):
+        for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
     for missed in waiting:
         signal.raise_signal(missed)
@@ -951,6 +979,10 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
     part_of(path).write_bytes(content)
     os.replace(part_of(path), path)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -965,7 +997,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"there is no checkpoint {path}: train first, or name one with --checkpoint") from None
     except Exception as error:  # a damaged file can raise anything
-        raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{path} is not a readable checkpoint ({one_line(error)})") from None
     if not isinstance(state, dict) or state.get("script") != Path(__file__).name:
         raise BadInput(f"{path} is not a checkpoint of {Path(__file__).name}")
     return state
@@ -974,13 +1006,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def stored_args(args: Args) -> Args:
     """With --resume and --watch, a flag that is not given is what it was when the checkpoint was written.
 
-    Not so for files and commands: a stranger's checkpoint must not decide what is overwritten or run here.
+    Not so for files, commands and modules: a stranger's checkpoint must not decide what is overwritten or run here.
     """
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
         for field in fields(Args):
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
+            elif field.name == "env_id" and ":" in stored["env_id"] and stored["env_id"] != args.env_id:
+                raise ValueError(f"to run the module it names, say --env-id {stored['env_id']!r}")
             elif type(stored[field.name]) not in (
                 (type(None), float) if field.default is None else (type(field.default),)
             ):
@@ -1057,8 +1091,7 @@ def watch(args: Args) -> None:
         try:
             actor.load_state_dict(state["actor"])
         except Exception as error:  # a damaged file can raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {reason}") from None
+            raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {one_line(error)}") from None
         for episode in range(args.eval_episodes):
             (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
@@ -1066,12 +1099,15 @@ def watch(args: Args) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a cluster's Ctrl-C: save, then leave
-    args = tyro.cli(Args)
+    for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (it may have been closed)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no sparkline shows question marks
     try:
+        args = tyro.cli(Args)
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
         if args.cuda and not torch.cuda.is_available():

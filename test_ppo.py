@@ -2043,9 +2043,38 @@ if __name__ == "__main__":  # main() with a deadline of its own
     assert (read_log()["steps"], notes(read_log())["violations"]) == ([0, 4, 8, 9], str(int(name == "nan")))
     assert "<polyline" in Path("data/rl/ppo_cartpole_trainlog.svg").read_text()
     Path("sickness").unlink()
-    done = run_script("--resume", "--updates", "11")
+    done = run_script("--resume", "--updates", "11")  # the module of a checkpoint is code, and nobody has asked for it
+    assert done.returncode == 2
+    assert "say --env-id 'sick:Sick-v0'" in done.stderr
+    done = run_script("--resume", "--updates", "11", "--env-id", "sick:Sick-v0")
     assert done.returncode == 0, done.stderr
     assert read_log()["steps"] == [0, 4, 8, 9, 11]
+
+
+def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
+    """SIGHUP saves like Ctrl-C, and so does Ctrl-C when nobody reads the output any more."""
+    for number, code in (signal.SIGHUP, 129), (signal.SIGINT, 130):
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(HERE / "ppo_cartpole.py"), "--solved-return", "9999", "--updates", "9999"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while "update 5/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+        assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] >= 5
+
+
+def test_a_run_without_stdout():
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} {HERE / 'ppo_cartpole.py'} {' '.join(SHORT)} >&-"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_policy_that_diverges():
@@ -2065,6 +2094,9 @@ PERSON_ROWS = [
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
+    ("absurd_goal", ["--solved-return", "nan"], "--solved-return must be"),
+    ("checkpoint_is_part", ["--log", "one", "--checkpoint", "one.part"], "must be three different files"),
+    ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be three different files"),
     ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be three different files"),
     ("picture_over_log", ["--log", "curve.svg"], "must be three different files"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
