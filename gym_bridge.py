@@ -653,6 +653,7 @@ class GymnasiumSession(CheckedSession):
 class NativeSession(CheckedSession):
     """In-process environments (objects with Gymnasium's ``reset`` and ``step``) behind the same checks.
 
+    What an environment returns is copied at once (many overwrite their arrays) and must be exact in type and shape.
     An exception of an environment becomes a BridgeError; nothing here can stop one that hangs.
     """
 
@@ -663,49 +664,23 @@ class NativeSession(CheckedSession):
             raise ValueError("need at least one environment")
         super().__init__(len(envs), contract, frame_stack, append_action)
         self._envs = list(envs)
-        self._environments = _Environments(self._envs, contract)
 
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
-        sources = [self._envs[i % self.num_envs] for i in range(num_envs)]
-        envs = [copy.deepcopy(env) for env in sources]
+        envs = [copy.deepcopy(self._envs[i % self.num_envs]) for i in range(num_envs)]
         return NativeSession(envs, self.contract, self.frame_stack, self.append_action)
 
     def _reset(self, seed: int | None) -> Array:
-        return self._environments.reset(seed)
+        return np.stack([self._first(env, None if seed is None else seed + env) for env in range(self.num_envs)])
 
     def _step(self, actions: Array) -> _Batch:
-        return self._environments.step(actions.tolist())
-
-    def _close(self, polite: bool) -> None:
-        self._environments.close()
-
-
-class _Environments:
-    """n environments stepped one after the other: the inside of a server and of a NativeSession.
-
-    What an environment returns is copied at once (many overwrite their arrays) and must be exact in type and shape.
-    """
-
-    def __init__(self, envs: list[Any], contract: Contract) -> None:
-        self.envs, self.contract = envs, contract
-
-    def reset(self, seed: int | None) -> Array:
-        return np.stack([self._first(env, None if seed is None else seed + env) for env in range(len(self.envs))])
-
-    def step(self, actions: list[int]) -> _Batch:
         contract = self.contract
-        next_obs = np.empty((len(self.envs), *contract.obs_shape), contract.obs_dtype)
-        reward = np.empty(len(self.envs))
-        terminated, truncated = np.empty((2, len(self.envs)), np.bool_)
+        next_obs = np.empty((self.num_envs, *contract.obs_shape), contract.obs_dtype)
+        reward = np.empty(self.num_envs)
+        terminated, truncated = np.empty((2, self.num_envs), np.bool_)
         reset_obs = {}
-        for env, action in enumerate(actions):
-            try:
-                result = self.envs[env].step(action)
-            except Exception as error:
-                raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
-            if not isinstance(result, tuple) or len(result) != 5:
-                raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
+        for env, action in enumerate(actions.tolist()):
+            result = self._call(env, "step", 5, action)
             next_obs[env] = contract._observation(result[0], env)
             reward[env] = contract._reward(result[1], env)
             terminated[env] = contract._flag("terminated", result[2], env)
@@ -714,21 +689,26 @@ class _Environments:
                 reset_obs[env] = self._first(env, None)
         return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
-    def close(self) -> None:
-        for env in self.envs:
+    def _first(self, env: int, seed: int | None) -> Array:
+        observation, _ = self._call(env, "reset", 2, seed=seed)
+        return self.contract._observation(observation, env).copy()
+
+    def _call(self, env: int, method: str, length: int, *args: Any, **kwargs: Any) -> Any:
+        """What ``reset`` or ``step`` of an environment returns: a tuple of this length."""
+        try:
+            result = getattr(self._envs[env], method)(*args, **kwargs)
+        except Exception as error:
+            raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
+        if not isinstance(result, tuple) or len(result) != length:
+            raise ContractViolation(f"{method}_result", RULES[f"{method}_result"], _show(result), env)
+        return result
+
+    def _close(self, polite: bool) -> None:
+        for env in self._envs:
             try:
                 env.close()
             except Exception:  # close() must end everything, and an environment may raise anything, or have no close
                 continue
-
-    def _first(self, env: int, seed: int | None) -> Array:
-        try:
-            result = self.envs[env].reset(seed=seed)
-        except Exception as error:
-            raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
-        return self.contract._observation(result[0], env).copy()
 
 
 # ------------------------------------------------------------------------------------------------------------- client
@@ -1091,8 +1071,8 @@ class _Unsupported(Exception):
     """A request that no environment here can fulfil: said in one line, without a traceback."""
 
 
-def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list[Any], Contract, dict[str, Any]]:
-    """The environments, the contract of their declared spaces, and the answer to "describe"."""
+def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[NativeSession, dict[str, Any]]:
+    """The environments, held to the types that they declare, and the answer to "describe"."""
     import gymnasium
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "gymnasium": gymnasium.__version__}
@@ -1130,11 +1110,11 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[list
         bounds[key] = np.array(flat, object).reshape(bound.shape).tolist()
     spaces = {"n_actions": contract.n_actions, "obs_shape": list(contract.obs_shape), "obs_dtype": contract.obs_dtype}
     about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, **bounds, "versions": versions}
-    return envs, contract, about
+    return NativeSession(envs, contract), about
 
 
-def _answer(request: Any, environments: _Environments, about: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, without id and ok."""
+def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request, without id and ok.  The trainer checks the values; here types and shapes are."""
     command = request.get("cmd") if isinstance(request, dict) else None
     allowed = {"describe": set(), "reset": {"seed", "encoding"}, "step": {"actions", "encoding"}, "close": set()}
     if not isinstance(command, str) or command not in allowed:
@@ -1152,12 +1132,11 @@ def _answer(request: Any, environments: _Environments, about: dict[str, Any]) ->
         seed = request.get("seed")
         if seed is not None and not (_is_int(seed) and seed >= 0):
             raise _Unsupported(f"seed is a non-negative integer or null, not {_show(seed)}")
-        return {"obs": _encode(environments.reset(seed), encoding)}
+        return {"obs": _encode(session._reset(seed), encoding)}
     actions = request.get("actions")
     if not isinstance(actions, list):
         raise _Unsupported(f"actions is a list, not {_show(actions)}")
-    actions = environments.contract._check_actions(actions, len(environments.envs)).tolist()
-    batch = environments.step(actions)
+    batch = session._step(session.contract._check_actions(actions, session.num_envs))
     if not np.isfinite(batch.reward).all():  # JSON has no word for it
         env = int(np.argmin(np.isfinite(batch.reward)))
         raise ContractViolation("reward_finite", "a finite reward", str(batch.reward[env]), env)
@@ -1193,12 +1172,10 @@ def _error(error: Exception) -> dict[str, Any]:
 
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
     """Answer requests until told to close, or until there is nobody left to ask."""
-    failure: Exception | None = None
     try:
-        envs, contract, about = _make(env_id, num_envs, make_kwargs)
-    except Exception as error:  # an environment may raise anything; the first request will be told
-        envs, contract, about, failure = [], Contract((1,), 1), {}, error
-    environments = _Environments(envs, contract)
+        made: tuple[NativeSession, dict[str, Any]] | Exception = _make(env_id, num_envs, make_kwargs)
+    except Exception as error:  # an environment may raise anything; every request will be told
+        made = error
     command = None
     request_pipe = select.poll()
     request_pipe.register(wire_in, select.POLLIN)
@@ -1213,9 +1190,9 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 request = _loads(line)
                 if isinstance(request, dict):
                     number, command = request.get("id"), request.get("cmd")
-                if failure is not None:
-                    raise failure
-                reply = {"id": number, "ok": True, **_answer(request, environments, about)}
+                if isinstance(made, Exception):
+                    raise made
+                reply = {"id": number, "ok": True, **_answer(request, *made)}
                 text = json.dumps(reply, allow_nan=False)
             except Exception as error:  # whatever it was, this request gets its one reply
                 text = json.dumps({"id": number, "ok": False, **_error(error)})
@@ -1224,7 +1201,8 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 replies.flush()
             except BrokenPipeError:
                 break
-    environments.close()
+    if not isinstance(made, Exception):
+        made[0].close()
 
 
 def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
