@@ -53,7 +53,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -244,7 +243,7 @@ class Contract:
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(env_id, 0, 1, make_kwargs, server_command, timeout)
+        server = _Server(env_id, range(1), make_kwargs, server_command, timeout)
         polite = False
         try:
             contract, _ = server.describe(time.monotonic() + timeout)
@@ -605,10 +604,10 @@ class GymnasiumSession(CheckedSession):
 
     def _spawn(self) -> None:
         env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
-        firsts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
+        ends = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
-        for first, end in pairwise(firsts):
-            self._servers.append(_Server(env_id, first, end - first, make_kwargs, server_command, timeout, awake))
+        for envs in map(range, ends, ends[1:]):
+            self._servers.append(_Server(env_id, envs, make_kwargs, server_command, timeout, awake))
 
     def _connect(self) -> None:
         deadline = time.monotonic() + self._timeout
@@ -624,27 +623,25 @@ class GymnasiumSession(CheckedSession):
             self._connect()
         deadline = time.monotonic() + self._timeout
         for server in self._servers:
-            first = None if seed is None else seed + server.first_env
+            first = None if seed is None else seed + server.envs.start
             server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
         return np.concatenate([server.receive(deadline, _decode_reset, self.contract) for server in self._servers])
 
     def _step(self, actions: Array) -> _Batch:
         deadline = time.monotonic() + self._timeout
         for server in self._servers:
-            own = actions[server.first_env : server.first_env + server.num_envs]
+            own = actions[server.envs.start : server.envs.stop]
             server.send({"cmd": "step", "actions": own.tolist(), "encoding": "base64"}, deadline)
         batches = [server.receive(deadline, _decode_step, self.contract) for server in self._servers]
         if len(batches) == 1:
             return batches[0]
         next_obs, reward, terminated, truncated, reset_obs = zip(*batches, strict=True)
-        firsts = [server.first_env for server in self._servers]
-        merged = {first + env: obs for first, own in zip(firsts, reset_obs, strict=True) for env, obs in own.items()}
+        merged = {env: first for own in reset_obs for env, first in own.items()}
         join = np.concatenate
         return _Batch(join(next_obs), join(reward), join(terminated), join(truncated), merged)
 
     def _report(self, env: int | None) -> str | None:
-        hosts = [s for s in self._servers if env is not None and s.first_env <= env < s.first_env + s.num_envs]
-        return hosts[0].report() if hosts else None
+        return next((server.report() for server in self._servers if env in server.envs), None)
 
     def _close(self, polite: bool) -> None:
         _end(self._servers, polite)
@@ -715,24 +712,25 @@ class NativeSession(CheckedSession):
 
 
 class _Server:
-    """One server process, seen from the trainer: its pipes, the ids of its replies, its last words."""
+    """One server process, seen from the trainer: its pipes, the ids of its replies, its last words.
+
+    ``envs`` are the environments of the session that it hosts; the server itself counts its own from 0.
+    """
 
     def __init__(
         self,
         env_id: str,
-        first_env: int,
-        num_envs: int,
+        envs: range,
         make_kwargs: dict[str, Any] | None,
         server_command: Sequence[str] | None,
         timeout: float,
         awake: float = 0.0,
     ) -> None:
-        self.env_id, self.first_env, self.num_envs = env_id, first_env, num_envs
-        self.timeout, self.awake, self.last_id = timeout, awake, 0
+        self.env_id, self.envs, self.timeout, self.awake, self.last_id = env_id, envs, timeout, awake, 0
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
         command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)])]
-        command += ["--env-id", env_id, "--num-envs", str(num_envs), "--awake", str(awake)]
+        command += ["--env-id", env_id, "--num-envs", str(len(envs)), "--awake", str(awake)]
         if make_kwargs:
             command += ["--make-kwargs", json.dumps(make_kwargs)]
         for standard in range(3):  # where one is closed, a pipe would take its number, and hear what servers print
@@ -793,9 +791,8 @@ class _Server:
     def receive(self, deadline: float, decode: Callable[..., R], *demanded: Any) -> R:
         """The decoded reply to the last request: exactly one line, with its id."""
         try:
-            return decode(self._reply(deadline), self.num_envs, *demanded)
-        except SessionFailure as failure:  # until here, environments were counted from this server's first
-            failure.env = None if failure.env is None else failure.env + self.first_env
+            return decode(self._reply(deadline), self.envs, *demanded)
+        except SessionFailure as failure:
             failure.server = self.report() if failure.server is None else failure.server
             raise
 
@@ -805,7 +802,7 @@ class _Server:
             self.send({"cmd": "describe"}, deadline)
             contract, versions = self.receive(deadline, _decode_describe, self.env_id)
             # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
-            self.max_line_bytes = 64 * self.num_envs * math.prod(contract.obs_shape) + (1 << 20)
+            self.max_line_bytes = 64 * len(self.envs) * math.prod(contract.obs_shape) + (1 << 20)
             return contract, versions
         except SessionFailure as failure:
             failure.stage = "start"
@@ -843,7 +840,7 @@ class _Server:
             self._fail(f"more than one reply to one request: {_show(rest)}")
         del reply["id"]
         if not reply.pop("ok"):
-            _decode_error(reply, self.num_envs)
+            _decode_error(reply, self.envs)
         return reply
 
     def _read(self, deadline: float) -> bytes:
@@ -957,13 +954,14 @@ def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] =
         raise BridgeError(f"the reply {' and '.join(problem)}")
 
 
-def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
+def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
     """A failed request: the environment raised, or the server itself saw a rule broken."""
     _keys(reply, {"error"}, {"traceback", "env", "rule", "expected", "got"})
     env = reply.pop("env", None)
-    in_range = env is None or (_is_int(env) and 0 <= env < num_envs)
+    in_range = env is None or (_is_int(env) and 0 <= env < len(envs))
     if not in_range or not all(type(text) is str for text in reply.values()):
         raise BridgeError(f"a malformed error reply: {_show(reply)}")
+    env = None if env is None else envs[env]
     if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
         raise ContractViolation(reply["rule"], reply["expected"], reply["got"], env)
     failure = BridgeError("\n".join([reply["error"], reply.get("traceback", "").rstrip()]).rstrip(), env)
@@ -972,10 +970,10 @@ def _decode_error(reply: dict[str, Any], num_envs: int) -> NoReturn:
     raise failure
 
 
-def _decode_describe(reply: dict[str, Any], num_envs: int, env_id: str) -> tuple[Contract, dict[str, str]]:
+def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
-    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", num_envs):
+    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", len(envs)):
         if type(reply[key]) is not type(expected) or reply[key] != expected:
             raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
     versions = reply["versions"]
@@ -1018,50 +1016,49 @@ def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
     return None if same else ContractViolation("declared_space", spaces(demanded), spaces(declared))
 
 
-def _decode_reset(reply: dict[str, Any], num_envs: int, contract: Contract) -> Array:
+def _decode_reset(reply: dict[str, Any], envs: range, contract: Contract) -> Array:
     _keys(reply, {"obs"})
-    return _decode_observations(reply["obs"], num_envs, contract)
+    return _decode_observations(reply["obs"], envs, contract)
 
 
-def _decode_step(reply: dict[str, Any], num_envs: int, contract: Contract) -> _Batch:
+def _decode_step(reply: dict[str, Any], envs: range, contract: Contract) -> _Batch:
     _keys(reply, {"next_obs", "reward", "terminated", "truncated", "reset_obs"})
-    next_obs = _decode_observations(reply["next_obs"], num_envs, contract)
+    next_obs = _decode_observations(reply["next_obs"], envs, contract)
     for key in "reward", "terminated", "truncated":
-        if type(reply[key]) is not list or len(reply[key]) != num_envs:
-            raise ContractViolation("batch_size", f"a list of {num_envs} for {key}", _show(reply[key]))
-    reward = np.array([contract._reward(raw, env) for env, raw in enumerate(reply["reward"])])
+        if type(reply[key]) is not list or len(reply[key]) != len(envs):
+            raise ContractViolation("batch_size", f"a list of {len(envs)} for {key}", _show(reply[key]))
+    reward = np.array([contract._reward(raw, env) for env, raw in zip(envs, reply["reward"], strict=True)])
     terminated, truncated = (
-        np.array([contract._flag(name, raw, env) for env, raw in enumerate(reply[name])])
+        np.array([contract._flag(name, raw, env) for env, raw in zip(envs, reply[name], strict=True)])
         for name in ("terminated", "truncated")
     )
     if type(reply["reset_obs"]) is not dict:
         raise ContractViolation("reset_obs", "an object", _show(reply["reset_obs"]))
-    names = {str(env): env for env in range(num_envs)} if reply["reset_obs"] else {}
+    names = {str(own): env for own, env in enumerate(envs)} if reply["reset_obs"] else {}
     reset_obs = {}
     for name, raw in reply["reset_obs"].items():
         if name not in names:
-            raise ContractViolation("reset_obs", f"environments 0 .. {num_envs - 1}", _show(name))
+            raise ContractViolation("reset_obs", f"environments 0 .. {len(envs) - 1}", _show(name))
         alone = raw if isinstance(raw, str) else [raw]
-        reset_obs[names[name]] = _decode_observations(alone, 1, contract, names[name])[0]
+        reset_obs[names[name]] = _decode_observations(alone, [names[name]], contract)[0]
     return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
 
-def _decode_observations(raw: object, num_envs: int, contract: Contract, first_env: int = 0) -> Array:
-    """(num_envs, *obs_shape) from base64, or from nested lists (a server that speaks no base64 is understood)."""
+def _decode_observations(raw: object, envs: Sequence[int], contract: Contract) -> Array:
+    """(len(envs), *obs_shape) from base64, or from nested lists (a server that speaks no base64 is understood)."""
     if type(raw) is str:
         try:
             data = base64.b64decode(raw, validate=True)
         except ValueError as error:
             raise ContractViolation("obs_type", f"base64 ({error})", _show(raw)) from None
         dtype = contract._dtype
-        shape = (num_envs, *contract.obs_shape)
+        shape = (len(envs), *contract.obs_shape)
         if len(data) != math.prod(shape) * dtype.itemsize:
             raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", f"{len(data)} bytes")
         return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype)
-    if type(raw) is not list or len(raw) != num_envs:
-        raise ContractViolation("batch_size", f"observations of {num_envs} environments", _show(raw))
-    rows = [contract._observation(row, first_env + env) for env, row in enumerate(raw)]
-    return np.stack(rows)
+    if type(raw) is not list or len(raw) != len(envs):
+        raise ContractViolation("batch_size", f"observations of {len(envs)} environments", _show(raw))
+    return np.stack([contract._observation(row, env) for env, row in zip(envs, raw, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------------------- server
