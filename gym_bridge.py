@@ -50,14 +50,13 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-R = TypeVar("R")
 Array = np.ndarray[Any, Any]
 
 PROTOCOL = 1
@@ -243,14 +242,10 @@ class Contract:
 
         Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
         """
-        server = _Server(env_id, range(1), make_kwargs, server_command, timeout)
-        polite = False
-        try:
-            contract, _ = server.describe(time.monotonic() + timeout)
-            polite = True
-            return contract
-        finally:
-            _end([server], polite)
+        anything = cls((1,), 1)  # plays no part: this session ends before its first reset
+        session = GymnasiumSession(env_id, anything, 1, 1, make_kwargs, timeout, server_command, wait=False)
+        with session:
+            return session._handshake(demanded=None)
 
     # Exact types: these turn what an environment returned, or what JSON brought, into arrays, or refuse it.
 
@@ -538,8 +533,7 @@ class CheckedSession(ABC):
             yield
         except BaseException as error:
             if isinstance(error, SessionFailure):
-                error.stage = error.stage or stage
-                error.step = self._steps + 1 if error.stage == "step" else None
+                error.stage, error.step = stage, self._steps + 1 if stage == "step" else None
                 error.server = self._report(error.env) if error.server is None else error.server
             self._dead = f"{type(error).__name__}: {error}"
             self._observation = None
@@ -582,10 +576,11 @@ class GymnasiumSession(CheckedSession):
         self._timeout = timeout
         self._connected = False
         self._servers: list[_Server] = []
+        self._talking_to: _Server | None = None
         with self._guarded("start"):
             self._spawn()
-            if wait:
-                self._connect()
+        if wait:
+            self._handshake(contract)
 
     def twin(self, num_envs: int) -> GymnasiumSession:
         env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
@@ -609,30 +604,45 @@ class GymnasiumSession(CheckedSession):
         for envs in map(range, ends, ends[1:]):
             self._servers.append(_Server(env_id, envs, make_kwargs, server_command, timeout, awake))
 
-    def _connect(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        for server in self._servers:
-            declared, self.versions = server.describe(deadline)
-            if complaint := _differ(declared, self.contract):
-                complaint.stage, complaint.server = "start", server.report()
-                raise complaint
+    def reset(self, seed: int | None = None) -> Array:
+        if not self._connected:
+            self._handshake(self.contract)
+        return super().reset(seed)
+
+    def _handshake(self, demanded: Contract | None) -> Contract:
+        """What the servers declare, as a contract; if ``demanded``, they must declare that."""
+        with self._guarded("start"):
+            deadline = time.monotonic() + self._timeout
+            for server in self._each():
+                server.send({"cmd": "describe"}, deadline)
+                declared, self.versions = _decode_describe(server.receive(deadline), server)
+                if demanded is not None:
+                    _compare(declared, demanded)
+                # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
+                server.max_line_bytes = 64 * len(server.envs) * math.prod(declared.obs_shape) + (1 << 20)
         self._connected = True
+        return declared
+
+    def _each(self) -> Iterator[_Server]:
+        """One server after the other; what goes wrong while it is one's turn, it is asked about."""
+        for server in self._servers:
+            self._talking_to = server
+            yield server
+        self._talking_to = None
 
     def _reset(self, seed: int | None) -> Array:
-        if not self._connected:
-            self._connect()
-        deadline = time.monotonic() + self._timeout
-        for server in self._servers:
+        contract, deadline = self.contract, time.monotonic() + self._timeout
+        for server in self._each():
             first = None if seed is None else seed + server.envs.start
             server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
-        return np.concatenate([server.receive(deadline, _decode_reset, self.contract) for server in self._servers])
+        return np.concatenate([_decode_reset(one.receive(deadline), one.envs, contract) for one in self._each()])
 
     def _step(self, actions: Array) -> _Batch:
-        deadline = time.monotonic() + self._timeout
-        for server in self._servers:
+        contract, deadline = self.contract, time.monotonic() + self._timeout
+        for server in self._each():
             own = actions[server.envs.start : server.envs.stop]
             server.send({"cmd": "step", "actions": own.tolist(), "encoding": "base64"}, deadline)
-        batches = [server.receive(deadline, _decode_step, self.contract) for server in self._servers]
+        batches = [_decode_step(one.receive(deadline), one.envs, contract) for one in self._each()]
         if len(batches) == 1:
             return batches[0]
         next_obs, reward, terminated, truncated, reset_obs = zip(*batches, strict=True)
@@ -641,7 +651,8 @@ class GymnasiumSession(CheckedSession):
         return _Batch(join(next_obs), join(reward), join(terminated), join(truncated), merged)
 
     def _report(self, env: int | None) -> str | None:
-        return next((server.report() for server in self._servers if env in server.envs), None)
+        host = self._talking_to or next((server for server in self._servers if env in server.envs), None)
+        return host.report() if host else None
 
     def _close(self, polite: bool) -> None:
         _end(self._servers, polite)
@@ -753,9 +764,9 @@ class _Server:
                 start_new_session=True,  # a process group of its own: Ctrl-C is the trainer's, and kill reaches all
             )
         except (OSError, ValueError) as error:
-            failure = BridgeError(f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]")
-            failure.stage = "start"
-            raise failure from None
+            raise BridgeError(
+                f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]"
+            ) from None
         finally:
             os.close(lifeline)
         assert self.process.stdin is not None
@@ -775,38 +786,49 @@ class _Server:
     def send(self, request: dict[str, Any], deadline: float) -> None:
         if self.readable.poll(0):
             unasked = os.read(self.stdout, 200)
-            self._fail(f"the server spoke without being asked: {unasked!r}" if unasked else "the server hung up")
+            raise BridgeError(f"the server spoke without being asked: {unasked!r}" if unasked else "the server hung up")
         self.last_id += 1
         data = json.dumps({"id": self.last_id, **request}).encode() + b"\n"
-        try:
-            while data:
-                try:
-                    data = data[os.write(self.stdin, data) :]
-                except BlockingIOError:
-                    if not _poll(self.writable, deadline):
-                        self._fail(f"the server has not read its request within {self.timeout:g} s")
-        except BrokenPipeError:
-            self._fail("the server hung up")
+        while data:
+            try:
+                data = data[os.write(self.stdin, data) :]
+            except BlockingIOError:
+                if not _poll(self.writable, deadline):
+                    raise BridgeError(f"the server has not read its request within {self.timeout:g} s") from None
+            except BrokenPipeError:
+                raise BridgeError("the server hung up") from None
 
-    def receive(self, deadline: float, decode: Callable[..., R], *demanded: Any) -> R:
-        """The decoded reply to the last request: exactly one line, with its id."""
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """The reply to the last request, without id and ok: exactly one line."""
+        line, _, rest = self._read(deadline).partition(b"\n")
         try:
-            return decode(self._reply(deadline), self.envs, *demanded)
-        except SessionFailure as failure:
-            failure.server = self.report() if failure.server is None else failure.server
-            raise
+            reply = _loads(line)
+        except ValueError as error:
+            raise BridgeError(f"the reply is not a line of strict JSON ({error}): {_show(line)}") from None
+        if not isinstance(reply, dict) or not _is_int(reply.get("id")) or type(reply.get("ok")) is not bool:
+            raise BridgeError(f"a reply is an object with an integer id and a boolean ok, not {_show(line)}")
+        if reply["id"] != self.last_id:
+            raise BridgeError(f"the reply has id {reply['id']}, the request had {self.last_id}")
+        if rest:
+            raise BridgeError(f"more than one reply to one request: {_show(rest)}")
+        del reply["id"]
+        if not reply.pop("ok"):
+            _decode_error(reply, self.envs)
+        return reply
 
-    def describe(self, deadline: float) -> tuple[Contract, dict[str, str]]:
-        """The handshake: the contract of the declared spaces, and the versions of what the server runs on."""
-        try:
-            self.send({"cmd": "describe"}, deadline)
-            contract, versions = self.receive(deadline, _decode_describe, self.env_id)
-            # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
-            self.max_line_bytes = 64 * len(self.envs) * math.prod(contract.obs_shape) + (1 << 20)
-            return contract, versions
-        except SessionFailure as failure:
-            failure.stage = "start"
-            raise
+    def _read(self, deadline: float) -> bytes:
+        """What the server writes until there is a line end in it."""
+        data, chunk = bytearray(), b""
+        while b"\n" not in chunk:
+            if not _poll(self.readable, deadline, self.awake):
+                raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
+            chunk = os.read(self.stdout, 1 << 16)
+            data += chunk
+            if not chunk:
+                raise BridgeError(f"the server hung up in the middle of a reply: {_show(bytes(data))}")
+            if len(data) > self.max_line_bytes:
+                raise BridgeError(f"the reply is longer than {self.max_line_bytes:,} bytes: {_show(bytes(data))}")
+        return bytes(data)
 
     def report(self) -> str:
         """Pid, how it ended, the last lines of its stderr."""
@@ -825,43 +847,6 @@ class _Server:
         lines = self.stderr_tail.decode(errors="replace").splitlines()[-STDERR_LINES:]
         last = "; its last lines on stderr:\n  " + "\n  ".join(lines) if lines else ""
         return f"server pid {self.process.pid}, {state}{last}"
-
-    def _reply(self, deadline: float) -> dict[str, Any]:
-        line, _, rest = self._read(deadline).partition(b"\n")
-        try:
-            reply = _loads(line)
-        except ValueError as error:
-            self._fail(f"the reply is not a line of strict JSON ({error}): {_show(line)}")
-        if not isinstance(reply, dict) or not _is_int(reply.get("id")) or type(reply.get("ok")) is not bool:
-            self._fail(f"a reply is an object with an integer id and a boolean ok, not {_show(line)}")
-        if reply["id"] != self.last_id:
-            self._fail(f"the reply has id {reply['id']}, the request had {self.last_id}")
-        if rest:
-            self._fail(f"more than one reply to one request: {_show(rest)}")
-        del reply["id"]
-        if not reply.pop("ok"):
-            _decode_error(reply, self.envs)
-        return reply
-
-    def _read(self, deadline: float) -> bytes:
-        """What the server writes until there is a line end in it."""
-        chunks: list[bytes] = []
-        size = 0
-        while not chunks or b"\n" not in chunks[-1]:
-            if not _poll(self.readable, deadline, self.awake):
-                self._fail(f"no whole reply within {self.timeout:g} s; so far {_show(b''.join(chunks))}")
-            chunks.append(os.read(self.stdout, 1 << 16))
-            if not chunks[-1]:
-                self._fail(f"the server hung up in the middle of a reply: {_show(b''.join(chunks))}")
-            size += len(chunks[-1])
-            if size > self.max_line_bytes:
-                self._fail(f"the reply is longer than {self.max_line_bytes:,} bytes: {_show(chunks[0])}")
-        return b"".join(chunks)
-
-    def _fail(self, what: str) -> NoReturn:
-        failure = BridgeError(what)
-        failure.server = self.report()
-        raise failure
 
 
 def _drain(stderr: IO[bytes], tail: bytearray) -> None:
@@ -970,10 +955,10 @@ def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
     raise failure
 
 
-def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[Contract, dict[str, str]]:
+def _decode_describe(reply: dict[str, Any], server: _Server) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
-    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", len(envs)):
+    for key, expected in ("protocol", PROTOCOL), ("env_id", server.env_id), ("num_envs", len(server.envs)):
         if type(reply[key]) is not type(expected) or reply[key] != expected:
             raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
     versions = reply["versions"]
@@ -1002,7 +987,7 @@ def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     return np.array(numbers, np.float64).reshape(contract.obs_shape)
 
 
-def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
+def _compare(declared: Contract, demanded: Contract) -> None:
     """The environment's declared spaces against the contract's; a contract may demand a narrower range."""
 
     def spaces(contract: Contract) -> str:
@@ -1013,7 +998,8 @@ def _differ(declared: Contract, demanded: Contract) -> ContractViolation | None:
     if same and demanded.obs_range is not None:
         (low, high), (lowest, highest) = demanded._obs_range, declared._obs_range
         same = bool((low >= lowest).all() and (high <= highest).all())
-    return None if same else ContractViolation("declared_space", spaces(demanded), spaces(declared))
+    if not same:
+        raise ContractViolation("declared_space", spaces(demanded), spaces(declared))
 
 
 def _decode_reset(reply: dict[str, Any], envs: range, contract: Contract) -> Array:
