@@ -52,7 +52,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -572,37 +572,32 @@ class GymnasiumSession(CheckedSession):
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
-        self._arguments = (env_id, contract, num_workers, make_kwargs, timeout, server_command)
-        self._timeout = timeout
+        self._env_id, self._num_workers, self._timeout = env_id, num_workers, timeout
+        self._again = partial(
+            GymnasiumSession,
+            env_id,
+            contract,
+            make_kwargs=make_kwargs,
+            timeout=timeout,
+            server_command=server_command,
+            frame_stack=frame_stack,
+            append_action=append_action,
+        )
         self._connected = False
         self._servers: list[_Server] = []
         self._talking_to: _Server | None = None
+        command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), "--env-id", env_id]
+        command += ["--make-kwargs", json.dumps(make_kwargs)] if make_kwargs else []
+        awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
+        cuts = [worker * num_envs // num_workers for worker in range(num_workers + 1)]
         with self._guarded("start"):
-            self._spawn()
+            for envs in map(range, cuts, cuts[1:]):
+                self._servers.append(_Server(command, envs, timeout, awake))
         if wait:
             self._handshake(contract)
 
     def twin(self, num_envs: int) -> GymnasiumSession:
-        env_id, contract, num_workers, make_kwargs, timeout, server_command = self._arguments
-        return GymnasiumSession(
-            env_id,
-            contract,
-            num_envs,
-            min(num_workers, num_envs),
-            make_kwargs,
-            timeout,
-            server_command,
-            wait=False,
-            frame_stack=self.frame_stack,
-            append_action=self.append_action,
-        )
-
-    def _spawn(self) -> None:
-        env_id, _contract, num_workers, make_kwargs, timeout, server_command = self._arguments
-        ends = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
-        awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
-        for envs in map(range, ends, ends[1:]):
-            self._servers.append(_Server(env_id, envs, make_kwargs, server_command, timeout, awake))
+        return self._again(num_envs, min(self._num_workers, num_envs), wait=False)
 
     def reset(self, seed: int | None = None) -> Array:
         if not self._connected:
@@ -615,7 +610,7 @@ class GymnasiumSession(CheckedSession):
             deadline = time.monotonic() + self._timeout
             for server in self._each():
                 server.send({"cmd": "describe"}, deadline)
-                declared, self.versions = _decode_describe(server.receive(deadline), server)
+                declared, self.versions = _decode_describe(server.receive(deadline), server.envs, self._env_id)
                 if demanded is not None:
                     _compare(declared, demanded)
                 # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
@@ -728,22 +723,10 @@ class _Server:
     ``envs`` are the environments of the session that it hosts; the server itself counts its own from 0.
     """
 
-    def __init__(
-        self,
-        env_id: str,
-        envs: range,
-        make_kwargs: dict[str, Any] | None,
-        server_command: Sequence[str] | None,
-        timeout: float,
-        awake: float = 0.0,
-    ) -> None:
-        self.env_id, self.envs, self.timeout, self.awake, self.last_id = env_id, envs, timeout, awake, 0
+    def __init__(self, command: Sequence[str], envs: range, timeout: float, awake: float) -> None:
+        self.envs, self.timeout, self.awake, self.last_id = envs, timeout, awake, 0
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
-        command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)])]
-        command += ["--env-id", env_id, "--num-envs", str(len(envs)), "--awake", str(awake)]
-        if make_kwargs:
-            command += ["--make-kwargs", json.dumps(make_kwargs)]
         for standard in range(3):  # where one is closed, a pipe would take its number, and hear what servers print
             try:
                 os.fstat(standard)
@@ -752,7 +735,7 @@ class _Server:
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
-        command += ["--lifeline", str(lifeline)]
+        command = [*command, "--num-envs", str(len(envs)), "--awake", str(awake), "--lifeline", str(lifeline)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -955,10 +938,10 @@ def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
     raise failure
 
 
-def _decode_describe(reply: dict[str, Any], server: _Server) -> tuple[Contract, dict[str, str]]:
+def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
-    for key, expected in ("protocol", PROTOCOL), ("env_id", server.env_id), ("num_envs", len(server.envs)):
+    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", len(envs)):
         if type(reply[key]) is not type(expected) or reply[key] != expected:
             raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
     versions = reply["versions"]
