@@ -38,6 +38,7 @@ import contextlib
 import copy
 import json
 import math
+import operator
 import os
 import platform
 import select
@@ -198,15 +199,13 @@ class Contract:
         if self._dtype.kind == "f":
             with np.errstate(over="ignore"):
                 return low.astype(self._dtype), high.astype(self._dtype)
-        low, high = np.ceil(low), np.floor(high)
-        limits = np.iinfo(self._dtype)
-        if (low > high).any() or (low > limits.max).any() or (high < limits.min).any():
+        limits = np.iinfo(self._dtype)  # in Python, an integer and a float compare exactly, and nothing overflows
+        lows = [math.ceil(max(bound, limits.min)) for bound in low.ravel().tolist()]
+        highs = [math.floor(min(bound, limits.max)) for bound in high.ravel().tolist()]
+        if any(map(operator.gt, lows, highs)):
             raise ValueError(f"obs_range {_show(self.obs_range)} holds no {self.obs_dtype}")
-        lowest, highest = (np.full(self.obs_shape, limit, self._dtype) for limit in (limits.min, limits.max))
-        with np.errstate(invalid="ignore"):  # infinities have no place in an integer, and are not copied
-            np.copyto(lowest, low.astype(self._dtype), where=low > limits.min)
-            np.copyto(highest, high.astype(self._dtype), where=high < limits.max)
-        return lowest, highest
+        low, high = np.array([lows, highs], self._dtype).reshape(2, *self.obs_shape)
+        return low, high
 
     # What the two comparisons of each check are made with; None where there is nothing to check.  Range and finiteness
     # are one question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN
@@ -369,8 +368,10 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
         arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be numbers of shape {shape}, not {_show(limits)}") from None
-    if not (arrays[0] <= arrays[1]).all():
-        raise ValueError(f"{name} must have low <= high, not {_show(limits)}")
+    if not ((arrays[0] <= arrays[1]) & (arrays[0] < np.inf) & (arrays[1] > -np.inf)).all():
+        raise ValueError(
+            f"{name} must have low <= high, no infinite low and no minus infinite high, not {_show(limits)}"
+        )
     return arrays[0], arrays[1]
 
 
@@ -953,8 +954,6 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
         shape = tuple(reply["obs_shape"])
         plain = Contract(shape, reply["n_actions"], reply["obs_dtype"])
         low, high = _unbound(plain, reply["obs_low"], -math.inf), _unbound(plain, reply["obs_high"], math.inf)
-        if (low == math.inf).any() or (high == -math.inf).any():  # 1e999 is good JSON
-            raise ValueError("a lower bound must not be infinite, nor an upper bound minus infinite")
         bounded = np.isfinite(low).any() or np.isfinite(high).any()
         return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
     except (ValueError, OverflowError, ContractViolation) as error:
