@@ -311,12 +311,7 @@ class Contract:
 
     def _check_observations(self, observations: Array, envs: Sequence[int] | None = None) -> None:
         """(n, *obs_shape), row k of environment ``envs[k]`` (default: k)."""
-        bounds = self._obs_bounds
-        if bounds is None:
-            return
-        good = (observations >= bounds[0]) & (observations <= bounds[1])
-        if not good.all():
-            index = tuple(np.argwhere(~good)[0].tolist())
+        if index := _outside(observations, self._obs_bounds):
             value, element = observations[index], f"observation{list(index[1:])}"
             env = index[0] if envs is None else envs[index[0]]
             if self.check_obs_finite and not np.isfinite(value):
@@ -325,15 +320,11 @@ class Contract:
             raise ContractViolation("obs_range", f"{element} in [{low}, {high}]", str(value), env)
 
     def _check_rewards(self, rewards: Array) -> None:
-        bounds = self._reward_bounds
-        if bounds is None:
-            return
-        good = (rewards >= bounds[0]) & (rewards <= bounds[1])
-        if not good.all():
-            env = int(np.argmin(good))
-            if self.check_reward_finite and not np.isfinite(rewards[env]):
-                raise ContractViolation("reward_finite", "a finite reward", str(rewards[env]), env)
-            raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(rewards[env]), env)
+        if index := _outside(rewards, self._reward_bounds):
+            value, env = rewards[index], index[0]
+            if self.check_reward_finite and not np.isfinite(value):
+                raise ContractViolation("reward_finite", "a finite reward", str(value), env)
+            raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(value), env)
 
     def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
@@ -345,11 +336,17 @@ class Contract:
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
             raise ContractViolation("action_type", "integers", str(actions.dtype))
-        good = (actions >= 0) & (actions < self.n_actions)
-        if not good.all():
-            env = int(np.argmin(good))
-            raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[env]), env)
+        if index := _outside(actions, (0, self.n_actions - 1)):
+            raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[index]), index[0])
         return np.array(actions, np.int64)
+
+
+def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] | None:
+    """The index of the first value that does not lie within the bounds."""
+    if bounds is None:
+        return None
+    good = (values >= bounds[0]) & (values <= bounds[1])
+    return None if good.all() else tuple(np.argwhere(~good)[0].tolist())
 
 
 def _is_int(value: object) -> bool:
