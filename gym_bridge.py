@@ -293,19 +293,17 @@ class Contract:
             raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
 
     @staticmethod
-    def _reward(raw: Any, env: int) -> float:
-        if type(raw) not in (float, int) and not (isinstance(raw, np.generic) and raw.dtype.kind in "fiu"):
-            raise ContractViolation("reward_type", "a number", _show(raw), env)
+    def _outcome(reward: Any, terminated: Any, truncated: Any, env: int) -> tuple[float, bool, bool]:
+        """Reward and flags of one environment."""
+        if type(reward) not in (float, int) and not (isinstance(reward, np.generic) and reward.dtype.kind in "fiu"):
+            raise ContractViolation("reward_type", "a number", _show(reward), env)
+        if not {type(terminated), type(truncated)} <= {bool, np.bool_}:
+            flags = _show((terminated, truncated))
+            raise ContractViolation("done_type", "booleans for terminated and truncated", flags, env)
         try:
-            return float(raw)
+            return float(reward), bool(terminated), bool(truncated)
         except OverflowError:  # an integer of hundreds of digits
-            raise ContractViolation("reward_finite", "a finite reward", _show(raw), env) from None
-
-    @staticmethod
-    def _flag(name: str, raw: object, env: int) -> bool:
-        if type(raw) is not bool and not isinstance(raw, np.bool_):
-            raise ContractViolation("done_type", f"a boolean for {name}", _show(raw), env)
-        return bool(raw)
+            raise ContractViolation("reward_finite", "a finite reward", _show(reward), env) from None
 
     # Values: these look at whole batches of exact type.  Each is two comparisons where all is well.
 
@@ -676,18 +674,15 @@ class NativeSession(CheckedSession):
 
     def _step(self, actions: Array) -> _Batch:
         contract = self.contract
-        next_obs = np.empty((self.num_envs, *contract.obs_shape), contract.obs_dtype)
-        reward = np.empty(self.num_envs)
-        terminated, truncated = np.empty((2, self.num_envs), np.bool_)
-        reset_obs = {}
+        next_obs = np.empty((self.num_envs, *contract.obs_shape), contract._dtype)
+        outcomes, reset_obs = [], {}
         for env, action in enumerate(actions.tolist()):
-            result = self._call(env, "step", 5, action)
-            next_obs[env] = contract._observation(result[0], env)
-            reward[env] = contract._reward(result[1], env)
-            terminated[env] = contract._flag("terminated", result[2], env)
-            truncated[env] = contract._flag("truncated", result[3], env)
-            if result[2] or result[3]:
+            observation, reward, terminated, truncated, _ = self._call(env, "step", 5, action)
+            next_obs[env] = contract._observation(observation, env)
+            outcomes.append(contract._outcome(reward, terminated, truncated, env))
+            if terminated or truncated:
                 reset_obs[env] = self._first(env, None)
+        reward, terminated, truncated = map(np.array, zip(*outcomes, strict=True))
         return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
     def _first(self, env: int, seed: int | None) -> Array:
@@ -992,11 +987,8 @@ def _decode_step(reply: dict[str, Any], envs: range, contract: Contract) -> _Bat
     for key in "reward", "terminated", "truncated":
         if type(reply[key]) is not list or len(reply[key]) != len(envs):
             raise ContractViolation("batch_size", f"a list of {len(envs)} for {key}", _show(reply[key]))
-    reward = np.array([contract._reward(raw, env) for env, raw in zip(envs, reply["reward"], strict=True)])
-    terminated, truncated = (
-        np.array([contract._flag(name, raw, env) for env, raw in zip(envs, reply[name], strict=True)])
-        for name in ("terminated", "truncated")
-    )
+    outcomes = map(contract._outcome, reply["reward"], reply["terminated"], reply["truncated"], envs)
+    reward, terminated, truncated = map(np.array, zip(*outcomes, strict=True))
     if type(reply["reset_obs"]) is not dict:
         raise ContractViolation("reset_obs", "an object", _show(reply["reset_obs"]))
     names = {str(own): env for own, env in enumerate(envs)} if reply["reset_obs"] else {}

@@ -142,9 +142,7 @@ def checks(contract: Contract, num_envs: int) -> float:
 
     def exact() -> None:
         for env in range(num_envs):
-            contract._reward(rewards[env], env)
-            contract._flag("terminated", flags[env], env)
-            contract._flag("truncated", flags[env], env)
+            contract._outcome(rewards[env], flags[env], flags[env], env)
 
     def trainer() -> None:
         exact()
