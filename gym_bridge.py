@@ -890,19 +890,23 @@ def _signal_group(server: _Server, number: signal.Signals) -> None:
         os.killpg(server.process.pid, number)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(record := dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return record
+
+
+def _refuse(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no JSON")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)  # made once: that takes as long as a reply
+
+
 def _loads(line: bytes) -> Any:
     """Strict JSON.  Raises ValueError for anything else: bad UTF-8, NaN, a key given twice, nesting without end."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(record := dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice")
-        return record
-
-    def refuse(token: str) -> NoReturn:
-        raise ValueError(f"{token} is no JSON")
-
     try:
-        return json.loads(line.decode(), object_pairs_hook=once, parse_constant=refuse)
+        return _STRICT.decode(line.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
