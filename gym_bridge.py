@@ -1025,10 +1025,6 @@ def _decode_observations(raw: object, envs: Sequence[int], contract: Contract) -
 # ------------------------------------------------------------------------------------------------------------- server
 
 
-class _Unsupported(Exception):
-    """A request that no environment here can fulfil: said in one line, without a traceback."""
-
-
 def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[NativeSession, dict[str, Any]]:
     """The environments, held to the types that they declare, and the answer to "describe"."""
     import gymnasium
@@ -1039,29 +1035,27 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         try:
             import ale_py
         except ImportError as error:
-            raise _Unsupported(f"{env_id} needs the package ale-py ({error}): pip install ale-py") from None
+            raise BridgeError(f"{env_id} needs the package ale-py ({error}): pip install ale-py") from None
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
         gymnasium.register_envs(ale_py)
         versions["ale_py"] = ale_py.__version__
     try:
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise _Unsupported(f"cannot make {env_id}: {error}") from None
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
+    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
+        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
             raise
-        raise _Unsupported(f"cannot make {env_id}: {error}") from None
+        raise BridgeError(f"cannot make {env_id}: {error}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
-        raise _Unsupported(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
+        raise BridgeError(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
     if not isinstance(observation, gymnasium.spaces.Box) or observation.dtype.kind not in "fiu":
-        raise _Unsupported(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
+        raise BridgeError(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
     try:
         contract = Contract(
             observation.shape, int(action.n), observation.dtype.name, check_obs_finite=False, check_reward_finite=False
         )
     except ValueError as error:
-        raise _Unsupported(f"{env_id} has the observation space {observation}: {error}") from None
+        raise BridgeError(f"{env_id} has the observation space {observation}: {error}") from None
     bounds = {}
     for key, bound in ("obs_low", observation.low), ("obs_high", observation.high):
         flat = [number if math.isfinite(number) else None for number in bound.ravel().tolist()]
@@ -1076,24 +1070,24 @@ def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict
     command = request.get("cmd") if isinstance(request, dict) else None
     allowed = {"describe": set(), "reset": {"seed", "encoding"}, "step": {"actions", "encoding"}, "close": set()}
     if not isinstance(command, str) or command not in allowed:
-        raise _Unsupported(f'a request is {{"id": 1, "cmd": one of {list(allowed)}, ...}}')
+        raise BridgeError(f'a request is {{"id": 1, "cmd": one of {list(allowed)}, ...}}')
     if unknown := request.keys() - {"id", "cmd"} - allowed[command]:
-        raise _Unsupported(f"{command} takes no {sorted(unknown)}")
+        raise BridgeError(f"{command} takes no {sorted(unknown)}")
     if command == "describe":
         return about
     if command == "close":
         return {}
     encoding = request.get("encoding", "json")
     if encoding not in ("json", "base64"):
-        raise _Unsupported(f'encoding is "base64" or "json", not {_show(encoding)}')
+        raise BridgeError(f'encoding is "base64" or "json", not {_show(encoding)}')
     if command == "reset":
         seed = request.get("seed")
         if seed is not None and not (_is_int(seed) and seed >= 0):
-            raise _Unsupported(f"seed is a non-negative integer or null, not {_show(seed)}")
+            raise BridgeError(f"seed is a non-negative integer or null, not {_show(seed)}")
         return {"obs": _encode(session._reset(seed), encoding)}
     actions = request.get("actions")
     if not isinstance(actions, list):
-        raise _Unsupported(f"actions is a list, not {_show(actions)}")
+        raise BridgeError(f"actions is a list, not {_show(actions)}")
     batch = session._step(session.contract._check_actions(actions, session.num_envs))
     if not np.isfinite(batch.reward).all():  # JSON has no word for it
         env = int(np.argmin(np.isfinite(batch.reward)))
@@ -1116,11 +1110,10 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    what = error.what if isinstance(error, SessionFailure) else _show_error(error)
     cause = error.__cause__ or error
-    if isinstance(error, _Unsupported) or type(cause).__name__ == "DependencyNotInstalled":  # says what to install
-        return {"error": str(cause)}
-    reply: dict[str, Any] = {"error": what}
+    if (error is cause and isinstance(error, BridgeError)) or type(cause).__name__ == "DependencyNotInstalled":
+        return {"error": str(cause)}  # what cannot be done as asked; what to install
+    reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else _show_error(error)}
     if isinstance(error, SessionFailure) and error.env is not None:
         reply["env"] = error.env
     if isinstance(error, ContractViolation):
