@@ -1051,9 +1051,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     if not isinstance(observation, gymnasium.spaces.Box) or observation.dtype.kind not in "fiu":
         raise BridgeError(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
     try:
-        contract = Contract(
-            observation.shape, int(action.n), observation.dtype.name, check_obs_finite=False, check_reward_finite=False
-        )
+        contract = Contract(observation.shape, int(action.n), observation.dtype.name)
     except ValueError as error:
         raise BridgeError(f"{env_id} has the observation space {observation}: {error}") from None
     bounds = {}
@@ -1089,9 +1087,7 @@ def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict
     if not isinstance(actions, list):
         raise BridgeError(f"actions is a list, not {_show(actions)}")
     batch = session._step(session.contract._check_actions(actions, session.num_envs))
-    if not np.isfinite(batch.reward).all():  # JSON has no word for it
-        env = int(np.argmin(np.isfinite(batch.reward)))
-        raise ContractViolation("reward_finite", "a finite reward", str(batch.reward[env]), env)
+    session.contract._check_rewards(batch.reward)  # finite: JSON has no word for what is not
     return {
         "next_obs": _encode(batch.next_obs, encoding),
         "reward": batch.reward.tolist(),
