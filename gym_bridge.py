@@ -425,7 +425,6 @@ class CheckedSession(ABC):
         self.transitions_checked = 0
         self.versions: dict[str, str] = {}
         self._observation: Array | None = None
-        self._steps = 0
         self._dead: str | None = None
 
     @property
@@ -481,7 +480,6 @@ class CheckedSession(ABC):
                 observation[finished] = self._begin(first)
             transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
             self._observation = observation
-            self._steps += 1
             self.transitions_checked += self.num_envs
             return transition
 
@@ -529,7 +527,8 @@ class CheckedSession(ABC):
             yield
         except BaseException as error:
             if isinstance(error, SessionFailure):
-                error.stage, error.step = stage, self._steps + 1 if stage == "step" else None
+                error.stage = stage
+                error.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
                 error.server = self._report(error.env) if error.server is None else error.server
             self._dead = f"{type(error).__name__}: {error}"
             self._observation = None
@@ -584,7 +583,8 @@ class GymnasiumSession(CheckedSession):
         self._talking_to: _Server | None = None
         command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), "--env-id", env_id]
         command += ["--make-kwargs", json.dumps(make_kwargs)] if make_kwargs else []
-        awake = AWAKE if _cores() > num_workers else 0.0  # a core for each server and for the trainer
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        awake = AWAKE if cores > num_workers else 0.0  # a core for each server and for the trainer
         cuts = [worker * num_envs // num_workers for worker in range(num_workers + 1)]
         with self._guarded("start"):
             for envs in map(range, cuts, cuts[1:]):
@@ -745,10 +745,8 @@ class _Server:
             ) from None
         finally:
             os.close(lifeline)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        self.stdin: int = self.process.stdin.fileno()  # type: ignore[union-attr]
+        self.stdout: int = self.process.stdout.fileno()  # type: ignore[union-attr]
         os.set_blocking(self.stdin, False)
         self.readable, self.writable = select.poll(), select.poll()
         self.readable.register(self.stdout, select.POLLIN)
@@ -846,19 +844,12 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
     return now < deadline and bool(poller.poll(min((deadline - now) * 1000, 2**31 - 1)))
 
 
-def _cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _end(servers: list[_Server], polite: bool) -> None:
     """Ask (if polite), terminate, kill: every server and all that it started, with a bounded wait for each."""
     for server in servers:
-        try:
+        with contextlib.suppress(OSError):  # it has exited already, or it reads no more
             if polite:
                 os.write(server.stdin, json.dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
-        except OSError:  # it has exited already, or it reads no more
-            pass
         server.process.stdin.close()  # type: ignore[union-attr]
     try:
         if polite:
