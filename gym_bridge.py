@@ -180,8 +180,7 @@ class Contract:
             raise ValueError(f"n_actions must be a positive integer, not {_show(self.n_actions)}")
         if self.obs_dtype not in DTYPES:
             raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
-        dtype = np.dtype(self.obs_dtype)
-        if math.prod(shape) * dtype.itemsize > MAX_OBS_BYTES:
+        if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
         object.__setattr__(self, "obs_shape", shape)  # how a frozen dataclass puts its fields into one form
         _limits("reward_range", self.reward_range, ())
@@ -250,11 +249,8 @@ class Contract:
 
     def _observation(self, raw: object, env: int) -> Array:
         """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with ``raw``."""
-        if type(raw) is np.ndarray:  # not its subclasses: a masked array or a matrix has ideas of its own
-            array = raw
-        elif type(raw) in (list, tuple):
-            array = self._from_list(raw, env)
-        else:
+        array: Any = self._from_list(raw, env) if type(raw) in (list, tuple) else raw
+        if type(array) is not np.ndarray:  # nor a subclass: a masked array or a matrix has ideas of its own
             raise ContractViolation("obs_type", "an array of numbers", _show(raw), env)
         if array.shape != self.obs_shape:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
