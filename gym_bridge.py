@@ -141,10 +141,7 @@ def _show(value: object) -> str:
 
 
 def _show_error(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # an error of an environment may not even know how to say what it is
-        return type(error).__name__
+    return "".join(traceback.format_exception_only(error)).strip()  # even where an error cannot say what it is
 
 
 # ----------------------------------------------------------------------------------------------- contract, transition
@@ -899,11 +896,10 @@ def _loads(line: bytes) -> Any:
 
 
 def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] = ()) -> None:
-    missing, unknown = required - reply.keys(), reply.keys() - required - set(optional)
-    if missing or unknown:
-        problem = [f"lacks {sorted(missing)}"] if missing else []
-        problem += [f"has unknown {sorted(unknown)}"] if unknown else []
-        raise BridgeError(f"the reply {' and '.join(problem)}")
+    if missing := required - reply.keys():
+        raise BridgeError(f"the reply lacks {sorted(missing)}")
+    if unknown := reply.keys() - required - set(optional):
+        raise BridgeError(f"the reply has unknown {sorted(unknown)}")
 
 
 def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
@@ -1041,12 +1037,11 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         contract = Contract(observation.shape, int(action.n), observation.dtype.name)
     except ValueError as error:
         raise BridgeError(f"{env_id} has the observation space {observation}: {error}") from None
-    bounds = {}
-    for key, bound in ("obs_low", observation.low), ("obs_high", observation.high):
-        flat = [number if math.isfinite(number) else None for number in bound.ravel().tolist()]
-        bounds[key] = np.array(flat, object).reshape(bound.shape).tolist()
+    null = np.array(None)
+    low, high = (np.where(np.isfinite(bound), bound, null).tolist() for bound in (observation.low, observation.high))
     spaces = {"n_actions": contract.n_actions, "obs_shape": list(contract.obs_shape), "obs_dtype": contract.obs_dtype}
-    about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, **bounds, "versions": versions}
+    about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, "obs_low": low, "obs_high": high}
+    about["versions"] = versions
     return NativeSession(envs, contract), about
 
 
@@ -1168,17 +1163,14 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
     parser.add_argument("--env-id", required=True)
     parser.add_argument("--num-envs", type=int, default=1)
-    parser.add_argument(
-        "--make-kwargs", type=json.loads, default={}, help="keyword arguments of gymnasium.make, as JSON"
-    )
+    parser.add_argument("--make-kwargs", type=json.loads, default={}, help="arguments of gymnasium.make, as JSON")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    alone = os.getsid(0) == os.getpid()  # started by a session, in a process group of its own
-    if alone:
+    if os.getsid(0) == os.getpid():  # started by a session, in a process group of its own
         _leave_with_the_trainer(wire_in, args.lifeline)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
