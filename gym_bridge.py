@@ -694,10 +694,8 @@ class NativeSession(CheckedSession):
 
     def _close(self, polite: bool) -> None:
         for env in self._envs:
-            try:
+            with contextlib.suppress(Exception):  # close() must end all; an environment may raise, or have no close
                 env.close()
-            except Exception:  # close() must end everything, and an environment may raise anything, or have no close
-                continue
 
 
 # ------------------------------------------------------------------------------------------------------------- client
@@ -713,11 +711,10 @@ class _Server:
         self.envs, self.timeout, self.awake, self.last_id = envs, timeout, awake, 0
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
-        for standard in range(3):  # where one is closed, a pipe would take its number, and hear what servers print
-            try:
-                os.fstat(standard)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)
+        # Where stdin, stdout or stderr is closed, a pipe would take its number, and hear what servers print.
+        while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(lowest_free)
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
@@ -801,16 +798,11 @@ class _Server:
         """Pid, how it ended, the last lines of its stderr."""
         if self.readable.poll(0):  # readable after the last reply: most likely end of file, so the exit code is near
             _wait_for_exits([self], 0.3)
-        code = self.process.poll()
-        if code is None:
-            state = "was running"
-        elif code >= 0:
-            state = f"exit code {code}"
-        else:
-            names = {number.value: number.name for number in signal.Signals}
-            state = f"killed by signal {-code} ({names.get(-code, 'real-time')})"
+        code, state = self.process.poll(), "was running"
         if code is not None:
             self.stderr_thread.join(0.2)
+            names = {-number: number.name for number in signal.Signals}
+            state = f"exit code {code}" if code >= 0 else f"killed by signal {-code} ({names.get(code, 'real-time')})"
         lines = self.stderr_tail.decode(errors="replace").splitlines()[-STDERR_LINES:]
         last = "; its last lines on stderr:\n  " + "\n  ".join(lines) if lines else ""
         return f"server pid {self.process.pid}, {state}{last}"
