@@ -670,7 +670,13 @@ class NativeSession(CheckedSession):
         next_obs = np.empty((self.num_envs, *contract.obs_shape), contract._dtype)
         outcomes, reset_obs = [], {}
         for env, action in enumerate(actions.tolist()):
-            observation, reward, terminated, truncated, _ = self._call(env, "step", 5, action)
+            try:
+                result = self._envs[env].step(action)
+            except Exception as error:
+                raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
+            if not isinstance(result, tuple) or len(result) != 5:
+                raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
+            observation, reward, terminated, truncated, _ = result
             next_obs[env] = contract._observation(observation, env)
             outcomes.append(contract._outcome(reward, terminated, truncated, env))
             if terminated or truncated:
@@ -679,18 +685,13 @@ class NativeSession(CheckedSession):
         return _Batch(next_obs, reward, terminated, truncated, reset_obs)
 
     def _first(self, env: int, seed: int | None) -> Array:
-        observation, _ = self._call(env, "reset", 2, seed=seed)
-        return self.contract._observation(observation, env).copy()
-
-    def _call(self, env: int, method: str, length: int, *args: Any, **kwargs: Any) -> Any:
-        """What ``reset`` or ``step`` of an environment returns: a tuple of this length."""
         try:
-            result = getattr(self._envs[env], method)(*args, **kwargs)
+            result = self._envs[env].reset(seed=seed)
         except Exception as error:
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
-        if not isinstance(result, tuple) or len(result) != length:
-            raise ContractViolation(f"{method}_result", RULES[f"{method}_result"], _show(result), env)
-        return result
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
+        return self.contract._observation(result[0], env).copy()
 
     def _close(self, polite: bool) -> None:
         for env in self._envs:
