@@ -594,7 +594,7 @@ class GymnasiumSession(CheckedSession):
         return super().reset(seed)
 
     def _handshake(self, demanded: Contract | None) -> Contract:
-        """What the servers declare, as a contract; if ``demanded``, they must declare that."""
+        """The spaces that the servers declare; they must be those that ``demanded`` names, if it is given."""
         with self._guarded("start"):
             deadline = time.monotonic() + self._timeout
             for server in self._each():
@@ -608,7 +608,7 @@ class GymnasiumSession(CheckedSession):
         return declared
 
     def _each(self) -> Iterator[_Server]:
-        """One server after the other; what goes wrong while it is one's turn, it is asked about."""
+        """Every server in turn; an error during its turn is about this server, and reports its state."""
         for server in self._servers:
             self._talking_to = server
             yield server
