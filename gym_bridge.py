@@ -66,6 +66,7 @@ CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked;
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: who ignores the first needs no longer wait
 AWAKE = 3e-4  # seconds to look at a pipe again and again before sleeping on it: waking up costs more than a fast step
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
+MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
 MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
 
@@ -153,6 +154,7 @@ class Contract:
 
     obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
+        (Held in float64: integers beyond 2**53 are rounded.)
     reward_range: (low, high).  Ends included.
     check_obs_finite, check_reward_finite: refuse NaN and infinities.
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
@@ -171,10 +173,10 @@ class Contract:
 
     def __post_init__(self) -> None:
         shape = tuple(self.obs_shape)
-        if not shape or not all(_is_int(size) and size > 0 for size in shape):
-            raise ValueError(f"obs_shape must be one or more positive integers, not {_show(self.obs_shape)}")
-        if not _is_int(self.n_actions) or self.n_actions < 1:
-            raise ValueError(f"n_actions must be a positive integer, not {_show(self.n_actions)}")
+        if not 1 <= len(shape) <= 32 or not all(_is_int(size) and size > 0 for size in shape):
+            raise ValueError(f"obs_shape must be 1 to 32 positive integers, not {_show(self.obs_shape)}")
+        if not _is_int(self.n_actions) or not 1 <= self.n_actions <= MAX_ACTIONS:
+            raise ValueError(f"n_actions must be an integer in 1 .. {MAX_ACTIONS}, not {_show(self.n_actions)}")
         if self.obs_dtype not in DTYPES:
             raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
         if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
@@ -256,7 +258,7 @@ class Contract:
         # Another width is welcome where the values fit (many environments compute in float64), another kind is not.
         if array.dtype.kind not in ("fiu" if self._dtype.kind == "f" else "iu"):
             raise ContractViolation("obs_dtype", self.obs_dtype, f"{array.dtype.name} {_show(array.tolist())}", env)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             cast = array.astype(self._dtype)
         fits = (np.isfinite(cast) | ~np.isfinite(array)) if self._dtype.kind == "f" else cast == array
         if not fits.all():
@@ -272,7 +274,8 @@ class Contract:
         for number in numbers:
             if type(number) not in (int, float):
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
-            if (type(number) is float and not floats) or not low <= number <= high:  # 1e999 is good JSON
+            fits = low <= number <= high or number != number  # NaN is looked for later; 1e999 is good JSON
+            if (type(number) is float and not floats) or not fits:
                 raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", _show(number), env)
         return np.array(numbers, self._dtype).reshape(self.obs_shape)
 
@@ -436,9 +439,9 @@ class CheckedSession(ABC):
     def reset(self, seed: int | None = None) -> Array:
         """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns ``observation``."""
         with self._guarded("reset"):
-            if seed is not None and not (_is_int(seed) and seed >= 0):
+            if seed is not None and not (isinstance(seed, (int, np.integer)) and seed >= 0):
                 raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
-            first = self._reset(seed)
+            first = self._reset(None if seed is None else int(seed))
             self.contract._check_observations(first)
             self._observation = self._begin(first)
             return self._observation.copy()
@@ -463,7 +466,9 @@ class CheckedSession(ABC):
                 expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
                 raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
             if self.append_action:
-                next_obs = np.concatenate([next_obs, np.eye(contract.n_actions, dtype=next_obs.dtype)[action]], axis=1)
+                one_hot = np.zeros((self.num_envs, contract.n_actions), next_obs.dtype)
+                one_hot[np.arange(self.num_envs), action] = 1
+                next_obs = np.concatenate([next_obs, one_hot], axis=1)
             if self.frame_stack > 1:
                 next_obs = np.concatenate([self._observation[:, 1:], next_obs[:, None]], axis=1)
             observation = next_obs.copy()
@@ -519,13 +524,15 @@ class CheckedSession(ABC):
         try:
             yield
         except BaseException as error:
-            if isinstance(error, SessionFailure):
-                error.stage = stage
-                error.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
-                error.server = self._report(error.env) if error.server is None else error.server
-            self._dead = f"{type(error).__name__}: {error}"
-            self._observation = None
-            self._close(polite=False)
+            self._dead, self._observation = type(error).__name__, None  # first: what follows may be interrupted
+            try:
+                if isinstance(error, SessionFailure):
+                    error.stage = stage
+                    error.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
+                    error.server = self._report(error.env) if error.server is None else error.server
+                self._dead = f"{type(error).__name__}: {error}"
+            finally:
+                self._close(polite=False)
             raise
 
 
@@ -603,7 +610,7 @@ class GymnasiumSession(CheckedSession):
                 if demanded is not None:
                     _compare(declared, demanded)
                 # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
-                server.max_line_bytes = 64 * len(server.envs) * math.prod(declared.obs_shape) + (1 << 20)
+                server.max_line_bytes = 64 * len(server.envs) * (math.prod(declared.obs_shape) + 2) + (1 << 20)
         self._connected = True
         return declared
 
@@ -672,7 +679,7 @@ class NativeSession(CheckedSession):
         for env, action in enumerate(actions.tolist()):
             try:
                 result = self._envs[env].step(action)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
@@ -687,7 +694,7 @@ class NativeSession(CheckedSession):
     def _first(self, env: int, seed: int | None) -> Array:
         try:
             result = self._envs[env].reset(seed=seed)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
         if not isinstance(result, tuple) or len(result) != 2:
             raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
@@ -695,7 +702,7 @@ class NativeSession(CheckedSession):
 
     def _close(self, polite: bool) -> None:
         for env in self._envs:
-            with contextlib.suppress(Exception):  # close() must end all; an environment may raise, or have no close
+            with contextlib.suppress(Exception, SystemExit):  # an environment may raise anything, or have no close
                 env.close()
 
 
@@ -827,17 +834,18 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
         if poller.poll(0):
             return True
         now = time.monotonic()
-    return now < deadline and bool(poller.poll(min((deadline - now) * 1000, 2**31 - 1)))
+    # Past the deadline too: after a Ctrl-Z and fg the time is over, and the reply has long been there.
+    return bool(poller.poll(max(0.0, min((deadline - now) * 1000, 2**31 - 1))))
 
 
 def _end(servers: list[_Server], polite: bool) -> None:
     """Ask (if polite), terminate, kill: every server and all that it started, with a bounded wait for each."""
-    for server in servers:
-        with contextlib.suppress(OSError):  # it has exited already, or it reads no more
-            if polite:
-                os.write(server.stdin, json.dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
-        server.process.stdin.close()  # type: ignore[union-attr]
     try:
+        for server in servers:
+            with contextlib.suppress(OSError):  # it has exited already, or it reads no more
+                if polite:
+                    os.write(server.stdin, json.dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+            server.process.stdin.close()  # type: ignore[union-attr]
         if polite:
             _wait_for_exits(servers, CLOSE_GRACE)
         for server in servers:
@@ -1150,6 +1158,7 @@ def _watch(wire_in: int) -> None:
     hang_up.poll()
     time.sleep(CLOSE_GRACE)
     os.killpg(0, signal.SIGKILL)
+    os._exit(1)  # the first process of a container does not hear a signal from inside
 
 
 def _main() -> None:
@@ -1160,11 +1169,16 @@ def _main() -> None:
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()
+    lifeline = args.lifeline
+    try:  # asked before the wire gets its numbers: at the far end of an ssh the lifeline's number is free
+        os.fstat(-1 if lifeline is None else lifeline)
+    except OSError:
+        lifeline = None
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    if os.getsid(0) == os.getpid():  # started by a session, in a process group of its own
-        _leave_with_the_trainer(wire_in, args.lifeline)
+    if lifeline is not None or os.getsid(0) == os.getpid():  # started by a session, in a process group of its own
+        _leave_with_the_trainer(wire_in, lifeline)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 

@@ -186,6 +186,7 @@ STEP_ROWS = [
     ("reject_masked_array", "obs = np.ma.array([0.5, 0.25], mask=[0, 1], dtype='f4')", "obs_type"),
     ("reject_array_subclass", "obs = obs.view(type('Mine', (np.ndarray,), {}))", "obs_type"),
     ("reject_duration_as_reward", "reward = np.timedelta64(1)", "reward_type"),
+    ("reject_nan_in_a_list", "obs = [0.5, float('nan')]", "obs_finite"),
     ("reject_unprintable_reward", "reward = type('R', (), {'__repr__': lambda self: 1 / 0})()", "reward_type"),
     ("reject_both_done_flags", "terminated = truncated = True", "done_exclusive"),
     ("reject_old_gym_step", "del truncated", "step_result"),
@@ -285,6 +286,8 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_shape": (-3,)},
         {"obs_shape": (10**9,)},
         {"obs_shape": (2.0,)},
+        {"obs_shape": (1,) * 33},
+        {"n_actions": 10**9},
         {"n_actions": 0},
         {"n_actions": True},
         {"obs_dtype": "complex64"},
@@ -838,6 +841,69 @@ def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert [f"from {what}" in captured.err for what in ("print", "echo", "write")] == [True] * 3
+
+
+# Ways to start a server that is not this process's plain child: what is between keeps or drops descriptors.
+WRAPPERS = [
+    ["sh", "-c", 'for f in 3 4 5 6 7 8 9; do eval "exec $f<&-"; done; exec "$0" "$@"'],  # as at the far end of an ssh
+    ["sh", "-c", '"$0" "$@"; true'],  # as a launcher that stays
+]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=["that drops descriptors", "that stays"])
+def test_a_server_behind_a_wrapper(wrapper):
+    command = [*wrapper, sys.executable, str(HERE / "gym_bridge.py")]
+    with GymnasiumSession("CartPole-v1", CARTPOLE, 2, server_command=command, timeout=20) as session:
+        session.reset(0)
+        assert session.step([0, 1]).reward.tolist() == [1.0, 1.0]
+        group = session._servers[0].process.pid
+    assert_gone(group)
+
+
+def test_an_environment_that_leaves_the_program():
+    """sys.exit() in an environment is its failure, not the end of the trainer."""
+    for session in odd_session("native", "raise SystemExit(0)", "step"), odd_session("1 worker", "exit()", "step"):
+        session.reset(0)
+        session.step([0, 0, 0])
+        with pytest.raises(BridgeError, match=r"step 2, environment 1: the environment raised SystemExit"):
+            session.step([0, 0, 0])
+
+
+def test_ctrl_z_for_longer_than_the_deadline(workplace):
+    """The replies came while the trainer was stopped: none of them is late."""
+    (workplace / "trainer.py").write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from gym_bridge import *
+case = "__import__('time').sleep(0.5)"
+with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=2) as session:
+    session.reset(0)
+    session.step([0, 0, 0])
+    print("now", flush=True)
+    session.step([0, 0, 0])
+print("through")
+""")
+    trainer = subprocess.Popen([sys.executable, "trainer.py"], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout.readline() == "now\n"
+    time.sleep(0.1)
+    trainer.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    trainer.send_signal(signal.SIGCONT)
+    assert trainer.communicate(timeout=20)[0] == "through\n"
+
+
+def test_ctrl_c_while_an_error_is_reported(workplace):
+    session = fake_session(workplace, "step", "reply['reward'][ENV] = 2; say(json.dumps(reply) + '\\n '); continue")
+    session.reset(0)
+    threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        try:
+            session.step([0, 1, 0])
+        finally:
+            time.sleep(1)
+    for server in session._servers:
+        assert_gone(server.process.pid)
+    with pytest.raises(BridgeError):
+        session.observation  # noqa: B018
 
 
 HANGS = [
