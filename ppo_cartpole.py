@@ -653,10 +653,10 @@ class Run:
         form |= {"history": {name: [0.0] for name in SERIES}}
         for name, example in form.items():
             check_form(name, state[name], example)
-        moments = {"step": torch.zeros(())}
-        weights = [{**moments, "exp_avg": each.detach(), "exp_avg_sq": each.detach()} for each in self.weights()]
-        stored = state["optimizer"]["state"]
-        check_form("optimizer", stored, dict(enumerate(weights)) if stored or state["update"] else {})
+        moments = state["optimizer"]["state"]  # none yet before the first update
+        weights = [each.detach() for each in self.weights()] if moments or state["update"] else []
+        example = {i: {"step": torch.zeros(()), "exp_avg": w, "exp_avg_sq": w} for i, w in enumerate(weights)}
+        check_form("optimizer", moments, example)
         steps = state["steps"]
         if not steps or steps != sorted(set(steps)) or steps[-1] > state["update"]:
             raise ValueError("the rows of its history are not in order")
@@ -668,7 +668,7 @@ class Run:
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
         # The moments alone: whatever else an optimiser has comes from the code and the flags.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored})
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -932,12 +932,12 @@ def stored_args(args: Args) -> Args:
         for field in fields(Args):
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
-            elif field.name == "env_id" and ":" in stored["env_id"] and stored["env_id"] != args.env_id:
-                raise ValueError(f"to run the module it names, say --env-id {stored['env_id']!r}")
-            elif type(stored[field.name]) not in (
-                (type(None), float) if field.default is None else (type(field.default),)
-            ):
+                continue
+            kinds = (float, type(None)) if field.default is None else (type(field.default),)
+            if type(stored[field.name]) not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
+        if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
+            raise ValueError(f"to run the module that it names, say --env-id {stored['env_id']!r}")
         return Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None

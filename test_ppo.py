@@ -669,6 +669,20 @@ def test_a_number_of_an_observation(workplace, name, number, rule, place, env):
     assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
 
 
+@pytest.mark.parametrize("number", ["0.0", "-1", "256", "2**64", "True", "None", "'1'", "[1]"])
+def test_a_number_of_an_integer_observation(workplace, number):
+    server = workplace / "fake_server.py"
+    code = FAKE_SERVER.replace("FAULTY", "step").replace("HOSTS", "n").replace("float32", "uint8")
+    code = code.replace("[-1, None]", "[0, 0]").replace("[1, None]", "[255, 255]")
+    code = code.replace("0.25", "1").replace("0.75", "255").replace("0.5", "2").replace("[0.0,", "[0,")
+    server.write_text(code.replace("FAULT", f"reply['next_obs'][1][0] = {number}"))
+    command = [sys.executable, str(server)]
+    with GymnasiumSession("Fake-v0", Contract((2,), 2, "uint8"), 2, server_command=command, timeout=20) as session:
+        assert session.reset(0).tolist() == [[0, 1], [0, 1]]
+        with pytest.raises(ContractViolation, match=r"step 1, environment 1: contract rule obs_(dtype|type) broken"):
+            session.step([0, 1])
+
+
 # What else can be wrong with a reply to "step" or "reset": the fault, the rule.
 BATCH_ROWS = [
     ("reject_short_observation", "step", "reply['next_obs'][ENV] = [0.5]", "obs_shape"),
@@ -832,7 +846,8 @@ def test_an_environment_that_raises_shows_its_own_traceback():
 
 def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
     case = (
-        "print('from print'); os.system('echo from echo'); os.write(1, b'from write\\n'); obs[0] = len(os.read(0, 9))"
+        "print('from print'); os.system('echo from echo'); os.write(1, b'from write\\n'); obs[0] = len(os.read(0, 9)); "
+        "import ctypes; libc = ctypes.CDLL(None); libc.printf(b'from printf\\n'); libc.fflush(None); del ctypes, libc"
     )
     with GymnasiumSession("odd_envs:Odd-v0", ODD, 3, make_kwargs={"case": case}) as session:
         session.reset(0)
@@ -840,7 +855,7 @@ def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
         assert session.step([0, 0, 0]).next_observation[1, 0] == 0  # end of file
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert [f"from {what}" in captured.err for what in ("print", "echo", "write")] == [True] * 3
+    assert [f"from {what}" in captured.err for what in ("print", "echo", "write", "printf")] == [True] * 4
 
 
 # Ways to start a server that is not this process's plain child: what is between keeps or drops descriptors.
@@ -1892,6 +1907,66 @@ def test_the_checkpoint_is_data_only(short_run):
     assert state["update"] == 4
     actor = ppo.Actor((4,), 2)
     actor.load_state_dict(state["actor"])
+
+
+def damage(state, name):
+    """A checkpoint with one thing wrong, as ``torch.save`` would write it."""
+    moments = state["optimizer"]["state"][0]
+    if name == "moments of another shape":
+        moments["exp_avg"] = torch.zeros(1)
+    elif name == "moments that only look like the weights":  # one number in memory, where Adam's kernel expects many
+        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    elif name == "moments before the first update":
+        state |= {"update": 0, "steps": [0], "history": {key: values[:1] for key, values in state["history"].items()}}
+        moments["exp_avg"] = torch.zeros(1)
+    elif name == "weights of another dtype":
+        state["actor"]["net.1.weight"] = state["actor"]["net.1.weight"].double()
+    elif name == "history that is no list":
+        state["history"]["entropy"] = tuple(state["history"]["entropy"])
+    elif name == "endless number":
+        state["history"]["entropy"][0] = 10**400
+    elif name == "rows of the future":
+        state["steps"][-1] = 99
+    elif name == "weights of another shape":
+        state["actor"]["net.1.weight"] = torch.zeros(3, 3)
+    elif name == "short history":
+        state["history"]["entropy"].pop()
+    elif name == "no arguments":
+        del state["args"]
+    elif name == "argument of another type":
+        state["args"]["num_envs"] = 8.0
+    elif name == "word for a number":
+        state["update"] = "four"
+    elif name == "another script":
+        state["script"] = "other.py"
+    return state
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moments of another shape",
+        "moments that only look like the weights",
+        "moments before the first update",
+        "weights of another shape",
+        "weights of another dtype",
+        "history that is no list",
+        "endless number",
+        "rows of the future",
+        "short history",
+        "no arguments",
+        "argument of another type",
+        "word for a number",
+        "another script",
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(short_run, name):
+    folder, _ = short_run
+    state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
+    torch.save(damage(state, name), "damaged.pt")
+    args = ppo.Args(resume=True, updates=9, checkpoint=Path("damaged.pt"))
+    with pytest.raises(ppo.BadInput, match=r"^damaged\.pt (is not|does not)"):
+        ppo.train(ppo.stored_args(args), cartpole_session(8))
 
 
 def begin_from(checkpoint):
