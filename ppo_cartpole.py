@@ -8,6 +8,14 @@ episode ends when the pole leans too far or the cart leaves the track (terminate
 Solved is a mean return of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL
 around 0.01 and an entropy that falls from 0.69 (= ln 2, undecided) without reaching 0.
 
+PPO repeats three things; train(), below, is the loop.
+  - Collect a rollout: the actor (the policy) plays T steps in N environments, and samples its actions.
+  - Judge: the critic predicts the return from each state; gae() makes advantages of rewards and predictions, that is,
+    how much better each action turned out than predicted.
+  - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
+    go of each once its probability has changed by a fifth; the critic learns better predictions.
+Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
+
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
 
@@ -55,7 +63,7 @@ import tyro
 
 from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
 
-# ------------------------------------------------------------------- environment and command line (PPO begins below it)
+# ------------------------------------- environment and command line (a first reader may go on to "actor and critic")
 
 # What this environment promises, and what every observation and transition is held to.
 ENV_ID = "CartPole-v1"
@@ -111,11 +119,11 @@ class Args:
     update_epochs: int = 8
     """passes over a rollout"""
     clip_coef: float = 0.2
-    """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
+    """epsilon, how far a ratio may move from 1, the way its advantage asks, before its gradient stops"""
     ent_coef: float = 0.01
     """weight of the entropy bonus, which rewards staying undecided, so that exploration does not end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error"""
+    """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
     max_grad_norm: float = 0.5
     """a longer gradient, of actor or critic, is scaled down to this length"""
     target_kl: float | None = None
@@ -240,7 +248,7 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """The policy pi(a|s): for each observation, one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: a new actor is all but undecided.
+    Its last layer starts out about a hundred times smaller than the others: a new actor finds all actions about equally good.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -300,8 +308,10 @@ class Rollout:
 def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
     """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
 
-    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Every transition has passed the
-    session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
+    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
+    begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
+    the new one begins.  Every transition has passed the session's contract.
+    Raises ContractViolation or BridgeError; then there is no rollout.
     """
     device = next(actor.parameters()).device
     transitions: list[Transition] = []
@@ -382,8 +392,8 @@ def ppo_loss(
 
     The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
     collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
-    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``.
-    That buys several epochs from one rollout.
+    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``
+    in the direction that its advantage asks for.  That buys several epochs from one rollout.
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
     acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
@@ -432,7 +442,7 @@ def ppo_loss(
 def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: int) -> np.ndarray:
     """Undiscounted returns (N,) of the greedy policy, which always takes the most probable action.
 
-    One episode in each environment, and every one counts: of many episodes, the first to finish are the short ones.
+    One episode in each environment: taking the first N to finish, of many, would favour the short ones.
     """
     device = next(actor.parameters()).device
     session.reset(seed)
@@ -470,7 +480,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         parameters = [*actor.parameters(), *critic.parameters()]
-        optimizer = Adam(parameters, eps=1e-5, fused=True)  # eps: [3], detail 3
+        optimizer = Adam(parameters, eps=1e-5, fused=True)  # torch's; eps: [3], detail 3
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
@@ -480,7 +490,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
         while run.update < args.updates and not run.solved:
-            # Collect.  Nothing is reset in between: an episode longer than T goes on in the next rollout.
+            # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
             sampled_returns = []  # of the episodes that end in this rollout
             for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
@@ -533,7 +543,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
 
-            # Evaluate and log.  Solved means solved twice: in the evaluation, and over episodes never seen before.
+            # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
+            # (and training goes on if they do not confirm it), and after the last update.
             run.complete_update(sampled_returns, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))

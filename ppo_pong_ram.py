@@ -10,6 +10,14 @@ so that no sequence of moves can be learned by heart.  The picture is not looked
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
 (= ln 6, undecided) to about 1.1: two actions stand for each of three moves, so 0.69 (= ln 2) is a policy that is sure.
 
+PPO repeats three things; train(), below, is the loop.
+  - Collect a rollout: the actor (the policy) plays T steps in N environments, and samples its actions.
+  - Judge: the critic predicts the return from each state; gae() makes advantages of rewards and predictions, that is,
+    how much better each action turned out than predicted.
+  - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
+    go of each once its probability has changed by a fifth; the critic learns better predictions.
+Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
+
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
 
@@ -23,7 +31,7 @@ References
     [6] Karpathy 2016, Deep Reinforcement Learning: Pong from Pixels
 
 Legend, used in shape comments
-    T  steps of a rollout (--num-steps)       *D  the shape of an observation, (F, D); here (2, 134)
+    T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, D); here (2, 134)
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
     F  frames of an observation, each of D numbers: 128 bytes, and the action that led there as 6 zeros and ones
@@ -60,7 +68,7 @@ import tyro
 
 from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
 
-# ------------------------------------------------------------------- environment and command line (PPO begins below it)
+# ------------------------------------- environment and command line (a first reader may go on to "actor and critic")
 
 # What this environment promises, and what every observation and transition is held to.
 ENV_ID = "ALE/Pong-v5"
@@ -108,7 +116,7 @@ class Args:
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
-    """step size of Adam for the critic, which no ratio holds back"""
+    """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to zero in the second half of --updates"""
     gamma: float = 0.99
@@ -126,11 +134,11 @@ class Args:
     update_epochs: int = 3
     """passes over a rollout"""
     clip_coef: float = 0.2
-    """epsilon, how far the probability ratio may move from 1 before the gradient stops"""
+    """epsilon, how far a ratio may move from 1, the way its advantage asks, before its gradient stops"""
     ent_coef: float = 0.01
     """weight of the entropy bonus, which rewards staying undecided, so that exploration does not end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error"""
+    """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
     max_grad_norm: float = 0.5
     """a longer gradient, of actor or critic, is scaled down to this length"""
     target_kl: float | None = None
@@ -253,8 +261,9 @@ class Inputs(nn.Module):
     """What a network sees: every byte, and its changes from step to step, each in units of its standard deviation.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
-    large such differences are, it is as easy to see as where the ball is.  Means and deviations are those of all
-    rollouts so far.  They are buffers: saved with the weights, and changed by nothing but ``update``.
+    large such differences are, it is as easy to see as where the ball is.  What is out of the ordinary is cut at five
+    standard deviations.  Means and deviations are those of all rollouts so far (the first is played blind: all is 0).
+    They are buffers: saved with the weights, changed by nothing but ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -309,7 +318,7 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s): for each observation, one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: a new actor is all but undecided.
+    Its last layer starts out about a hundred times smaller than the others: a new actor finds all actions about equally good.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -371,8 +380,10 @@ class Rollout:
 def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
     """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
 
-    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Every transition has passed the
-    session's contract.  Raises ContractViolation or BridgeError; then there is no rollout.
+    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
+    begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
+    the new one begins.  Every transition has passed the session's contract.
+    Raises ContractViolation or BridgeError; then there is no rollout.
     """
     device = next(actor.parameters()).device
     transitions: list[Transition] = []
@@ -453,8 +464,8 @@ def ppo_loss(
 
     The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
     collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
-    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``.
-    That buys several epochs from one rollout.
+    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``
+    in the direction that its advantage asks for.  That buys several epochs from one rollout.
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
     acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
@@ -503,7 +514,7 @@ def ppo_loss(
 def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: int) -> np.ndarray:
     """Undiscounted returns (N,) of the greedy policy, which always takes the most probable action.
 
-    One episode in each environment, and every one counts: of many episodes, the first to finish are the short ones.
+    One episode in each environment: taking the first N to finish, of many, would favour the short ones.
     """
     device = next(actor.parameters()).device
     session.reset(seed)
@@ -540,7 +551,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # Differs from [3]: a learning rate for each network.  eps: [3], detail 3.
+        # Differs from [3]: a learning rate for each network.  Adam is torch's; eps: [3], detail 3.
         rates = (args.learning_rate, args.critic_learning_rate)
         optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
@@ -552,7 +563,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
         while run.update < args.updates and not run.solved:
-            # Collect.  Nothing is reset in between: an episode longer than T goes on in the next rollout.
+            # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
             sampled_returns = []  # of the episodes that end in this rollout
             for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
@@ -561,11 +572,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 episode_returns[done] = 0
 
             # Estimate advantages, and from them what the critic should have said.
+
             # First learn to score at all: short credit, and a critic that fills in the rest.  Then learn to give
             # nothing away: to one who discounts much, a risky shot now is worth as much as a long rally that is safe.
             late = run.update >= args.updates / 2
             # Differs from the paper: as in [6], a point ends what its rally is credited with, as if it ended the game.
-            decided = rollout.terminated | (rollout.rewards != 0) & args.cut_at_reward  # (T, N)
+            decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
             advantages = gae(
                 rollout.rewards,
                 rollout.values,
@@ -615,7 +627,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             actor.inputs.update(rollout.observations)
             critic.inputs.update(rollout.observations)
 
-            # Evaluate and log.  Solved means solved twice: in the evaluation, and over episodes never seen before.
+            # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
+            # (and training goes on if they do not confirm it), and after the last update.
             run.complete_update(sampled_returns, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
