@@ -248,7 +248,7 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """The policy pi(a|s): for each observation, one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: a new actor finds all actions about equally good.
+    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:

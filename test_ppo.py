@@ -2278,4 +2278,4 @@ def test_help_names_every_flag_and_says_what_it_does():
     assert done.returncode == 0
     for argument in dataclasses.fields(ppo.Args):
         assert f"--{argument.name.replace('_', '-')}" in done.stdout
-    assert "epsilon, how far the probability ratio may move" in done.stdout
+    assert "epsilon, how far a ratio may move from 1" in done.stdout
