@@ -167,7 +167,7 @@ class Args:
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
-            ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must be a number of this world"),
+            ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
         ]

@@ -890,7 +890,7 @@ def test_ctrl_z_for_longer_than_the_deadline(workplace):
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 case = "__import__('time').sleep(0.5)"
-with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=2) as session:
+with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=5) as session:
     session.reset(0)
     session.step([0, 0, 0])
     print("now", flush=True)
@@ -901,7 +901,7 @@ print("through")
     assert trainer.stdout.readline() == "now\n"
     time.sleep(0.1)
     trainer.send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(5.5)
     trainer.send_signal(signal.SIGCONT)
     assert trainer.communicate(timeout=20)[0] == "through\n"
 
@@ -2152,7 +2152,7 @@ SICK_ROWS = [
     ("nan", "obs[1] = np.nan", r"step 313, environment \d: contract rule obs_finite broken: .*got nan"),
     ("raises", "raise OverflowError('too much')", r"step 313, environment \d: .*OverflowError: too much.*sick.py"),
     ("killed", "os.kill(os.getpid(), 9)", r"step 313: the server hung up.*SIGKILL"),
-    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 2 s.*was running"),
+    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 5 s.*was running"),
     ("prints", "os.write(2, b'last words'); os._exit(7)", r"step 313: .*exit code 7.*last words"),
 ]
 
@@ -2167,16 +2167,14 @@ import sys; sys.path.insert(0, {str(HERE)!r})
 import ppo_cartpole as ppo
 if __name__ == "__main__":  # main() with a deadline of its own
     contract = ppo.Contract.from_env("sick:Sick-v0")
-    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout=2.0 if "s" in {name!r} else 60.0))
+    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout={5.0 if name == "hangs" else 60.0}))
     ppo.main()
 """)
     flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
     done = run_script("--updates", "100", *flags, script=Path("run.py").absolute())
     assert done.returncode == 1, done.stderr
     assert re.search(r"saved everything up to update 9: .*\nppo_cartpole\.py: " + message, done.stderr, re.DOTALL)
-    assert "Traceback" not in done.stderr.split("OverflowError")[0].replace(
-        "Traceback (most recent call last):\n  File", ""
-    )
+    assert ("Traceback" in done.stderr) == (name == "raises")  # the environment's own
     state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
     assert (state["update"], state["steps"]) == (9, [0, 4, 8, 9])
     assert all(torch.isfinite(weights).all() for weights in state["actor"].values())
@@ -2234,7 +2232,7 @@ PERSON_ROWS = [
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
-    ("absurd_goal", ["--solved-return", "nan"], "--solved-return must be"),
+    ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
     ("checkpoint_is_part", ["--log", "one", "--checkpoint", "one.part"], "must be three different files"),
     ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be three different files"),
     ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be three different files"),
