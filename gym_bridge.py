@@ -70,6 +70,12 @@ MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
 MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
 
+REQUESTS = {
+    "describe": {"id", "cmd"},
+    "reset": {"id", "cmd", "seed", "encoding"},
+    "step": {"id", "cmd", "actions", "encoding"},
+    "close": {"id", "cmd"},
+}
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
@@ -293,7 +299,7 @@ class Contract:
         """Reward and flags of one environment."""
         if type(reward) not in (float, int) and not (isinstance(reward, np.generic) and reward.dtype.kind in "fiu"):
             raise ContractViolation("reward_type", "a number", _show(reward), env)
-        if not {type(terminated), type(truncated)} <= {bool, np.bool_}:
+        if type(terminated) not in (bool, np.bool_) or type(truncated) not in (bool, np.bool_):
             flags = _show((terminated, truncated))
             raise ContractViolation("done_type", "booleans for terminated and truncated", flags, env)
         try:
@@ -323,7 +329,7 @@ class Contract:
     def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
         listed = actions if isinstance(actions, (list, tuple)) else ()
-        if not all(_is_int(action) or isinstance(action, np.integer) for action in listed):
+        if any(isinstance(action, bool) or not isinstance(action, (int, np.integer)) for action in listed):
             raise ContractViolation("action_type", "integers", _show(actions))
         actions = np.asarray(actions)
         if actions.shape != (num_envs,):
@@ -340,7 +346,7 @@ def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] |
     if bounds is None:
         return None
     good = (values >= bounds[0]) & (values <= bounds[1])
-    return None if good.all() else tuple(np.argwhere(~good)[0].tolist())
+    return None if np.count_nonzero(good) == good.size else tuple(np.argwhere(~good)[0].tolist())
 
 
 def _is_int(value: object) -> bool:
@@ -460,7 +466,7 @@ class CheckedSession(ABC):
                 env = int(np.argmax(terminated & truncated))
                 raise ContractViolation("done_exclusive", "terminated or truncated", "both", env)
             done = terminated | truncated
-            finished = np.flatnonzero(done).tolist()
+            finished = done.nonzero()[0].tolist()
             if finished != sorted(reset_obs):
                 env = min(set(finished) ^ set(reset_obs))
                 expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
@@ -1049,10 +1055,9 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
 def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request, without id and ok.  The trainer checks the values; here types and shapes are."""
     command = request.get("cmd") if isinstance(request, dict) else None
-    allowed = {"describe": set(), "reset": {"seed", "encoding"}, "step": {"actions", "encoding"}, "close": set()}
-    if not isinstance(command, str) or command not in allowed:
-        raise BridgeError(f'a request is {{"id": 1, "cmd": one of {list(allowed)}, ...}}')
-    if unknown := request.keys() - {"id", "cmd"} - allowed[command]:
+    if not isinstance(command, str) or command not in REQUESTS:
+        raise BridgeError(f'a request is {{"id": 1, "cmd": one of {list(REQUESTS)}, ...}}')
+    if unknown := request.keys() - REQUESTS[command]:
         raise BridgeError(f"{command} takes no {sorted(unknown)}")
     if command == "describe":
         return about
