@@ -95,7 +95,7 @@ class Args:
     """fixes everything: two runs on one machine write the same numbers to the log"""
     cuda: bool = False
     """run the networks on a GPU"""
-    updates: int = 488
+    updates: int = 610
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
@@ -107,26 +107,28 @@ class Args:
     """steps after which an evaluation episode is cut short, for environments that may never end one"""
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
-    num_envs: int = 32
+    num_envs: int = 64
     """N, environments that are stepped together; half of them by each worker"""
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
-    num_steps: int = 256
+    num_steps: int = 128
     """T, steps in each environment between two updates (the horizon)"""
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
     """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero in the second half of --updates"""
+    """let the learning rates fall linearly to zero from --late-from on"""
     gamma: float = 0.99
     """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
+    late_from: float = 0.4
+    """share of --updates after which credit reaches further back and the learning rates fall"""
     late_gamma: float = 0.997
-    """gamma in the second half of --updates"""
+    """gamma from then on"""
     late_gae_lambda: float = 0.95
-    """lambda in the second half of --updates"""
+    """lambda from then on"""
     cut_at_reward: bool = True
     """let credit end at a reward: a point decides a rally, and the next point is no merit of what won this one"""
     num_minibatches: int = 8
@@ -167,6 +169,7 @@ class Args:
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("late_from", lambda value: 0 <= value < 1, "must lie in 0 .. 1, and below 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
@@ -575,7 +578,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # First learn to score at all: short credit, and a critic that fills in the rest.  Then learn to give
             # nothing away: to one who discounts much, a risky shot now is worth as much as a long rally that is safe.
-            late = run.update >= args.updates / 2
+            late = run.update >= args.late_from * args.updates
             # Differs from the paper: as in [6], a point ends what its rally is credited with, as if it ended the game.
             decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
             advantages = gae(
@@ -592,7 +595,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (returns - rollout.values).var() / returns.var()
 
             # Optimise.
-            remaining = min(1.0, 2 - 2 * run.update / args.updates) if args.anneal_lr else 1.0
+            left = (1 - run.update / args.updates) / (1 - args.late_from)  # of the later part: 1 where it begins
+            remaining = min(1.0, left) if args.anneal_lr else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)

@@ -4,7 +4,7 @@
     python benchmarks/solve.py                                      # this repository and SB3, five seeds
     python benchmarks/solve.py --cleanrl ../cleanrl --cleanrl-python ../cleanrl/.venv/bin/python
 
-Solved is a greedy mean return of 475 over 20 episodes, played side by side, every 1,280 steps (CleanRL: every 1,536, its
+Solved is a greedy mean return of 475 over 20 episodes, played side by side, every 1,280 steps (CleanRL: 1,536, its
 three rollouts).  Ours must reach 475 over 100 more episodes as well before it stops.  SB3 runs with the hyperparameters
 that its zoo has for CartPole; CleanRL, which does not evaluate, with its defaults, and with an evaluation put in where
 it prints its speed.
