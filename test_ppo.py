@@ -1585,7 +1585,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
     assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    rates = {"critic_learning_rate": "float", "late_gamma": "float", "late_gae_lambda": "float"}
+    rates = dict.fromkeys(["critic_learning_rate", "late_from", "late_gamma", "late_gae_lambda"], "float")
     assert theirs == {**ours, **rates, "cut_at_reward": "bool"}
 
 
@@ -1638,7 +1638,7 @@ def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_the_second_half_of_pongs_training(monkeypatch):
+def test_the_later_part_of_pongs_training(monkeypatch):
     """Both learning rates fall to zero, and credit reaches further back; at any time it ends with a reward."""
 
     class Bytes:
@@ -1668,13 +1668,13 @@ def test_the_second_half_of_pongs_training(monkeypatch):
     monkeypatch.setattr(pong, "gae", recorded_gae)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=4, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
-    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 1, 1, 0.5)]
-    assert horizons == [(0.99, 0.8), (0.99, 0.8), (0.997, 0.95), (0.997, 0.95)]
-    assert ended == [True] * 4
+    pong.train(pong.Args(env_id="Bytes", updates=5, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
+    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 1, 1, 2 / 3, 1 / 3)]
+    assert horizons == [(0.99, 0.8)] * 2 + [(0.997, 0.95)] * 3  # the later part begins after two fifths
+    assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     pong.train(pong.Args(env_id="Bytes", updates=1, cut_at_reward=False, **flags), session)
-    assert ended[4] is False
+    assert ended[5] is False
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
