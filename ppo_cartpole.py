@@ -14,7 +14,8 @@ PPO repeats three things; train(), below, is the loop.
     how much better each action turned out than predicted.
   - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
     go of each once its probability has changed by a fifth; the critic learns better predictions.
-Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
+The return of an episode is the sum of its rewards.  What the critic predicts is discounted: a reward k steps ahead
+counts gamma^k.  Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -24,7 +25,9 @@ References
     [2] Schulman et al. 2015, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
         arXiv:1506.02438
     [3] Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
-    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE), Machine Learning 8
+    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
+        (REINFORCE), Machine Learning 8
+    [5] Pardo et al. 2018, Time Limits in Reinforcement Learning, ICML
 
 Legend, used in shape comments
     T  steps of a rollout (--num-steps)       *D  the shape of an observation; here (4,)
@@ -71,13 +74,13 @@ CONTRACT = Contract(
     obs_shape=(4,),  # position and velocity of the cart, angle and angular velocity of the pole
     n_actions=2,  # push left, push right
     obs_dtype="float32",
-    # Wider than an episode gets (2.4 on the track, 12 degrees): these are the bounds that the environment declares.
+    # What the environment declares: twice the bounds that end an episode (2.4 off the centre, 12 degrees).
     obs_range=([-4.8, -math.inf, -math.radians(24), -math.inf], [4.8, math.inf, math.radians(24), math.inf]),
     reward_range=(0.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
-FINAL_EPISODES = 100  # that the verdict at the end rests on, none of them seen before
+FINAL_EPISODES = 100  # fresh ones, behind the verdict at the end
 
 
 @dataclass(frozen=True)
@@ -101,27 +104,27 @@ class Args:
     env_id: str = ENV_ID
     """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
     num_envs: int = 8
-    """N, environments that are stepped together; eight situations at a time make a steadier gradient than one"""
+    """N, environments that are stepped together ([3], detail 1); what eight of them show makes a steadier gradient"""
     num_workers: int = 1
     """processes that share the environments between them; changes the speed, not the numbers"""
     num_steps: int = 32
-    """T, steps in each environment between two updates (the horizon); short, so that there are many updates"""
+    """T, steps in each environment between two updates; short, so that there are many updates"""
     learning_rate: float = 2e-3
-    """step size of Adam; eight times the 2.5e-4 usual for Atari, which networks and batches this small bear"""
+    """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall linearly to zero over --updates"""
+    """let the learning rate fall linearly to zero over --updates ([3], detail 4); needless where learning is short"""
     gamma: float = 0.99
-    """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
+    """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.95
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     num_minibatches: int = 4
-    """parts that a rollout is shuffled into, one gradient step each"""
+    """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 8
     """passes over a rollout"""
     clip_coef: float = 0.2
     """epsilon, how far a ratio may move from 1, the way its advantage asks, before its gradient stops"""
     ent_coef: float = 0.01
-    """weight of the entropy bonus, which rewards staying undecided, so that exploration does not end too soon"""
+    """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
     """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
     max_grad_norm: float = 0.5
@@ -192,7 +195,7 @@ class BadInput(Exception):
 
 
 def check_writable(args: Args) -> None:
-    """Raises BadInput if there cannot be the files of a run: better said now than after an hour of training."""
+    """Raises BadInput if the files of a run cannot be written: better said now than after an hour of training."""
     for path in args.log, args.log.with_suffix(".svg"), args.checkpoint:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +208,7 @@ def check_writable(args: Args) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where the content of a file is put together before it takes the file's place."""
+    """Where a file is written before it is renamed into its place."""
     return Path(f"{path}.part")
 
 
@@ -237,7 +240,10 @@ from torch import nn  # noqa: E402
 
 
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2)."""
+    """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
+
+    An orthogonal layer neither blows up nor swallows what passes through it when learning begins.
+    """
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
@@ -246,9 +252,10 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): for each observation, one logit per action.
+    """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal.
+    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal, and
+    the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -323,8 +330,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
-    # The networks see the rollout once more, as one batch.  That is cheaper than a critic at every step, and log pi
-    # comes from the very computation that the loss will repeat: the ratio of the first minibatch is exactly 1.
+    # The networks see the rollout once more, in one piece.  That is cheaper than a critic at every step, and log pi
+    # comes from a forward pass like the loss's own: at the first minibatch the ratio is 1.
     observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -354,12 +361,19 @@ def gae(
 ) -> torch.Tensor:
     """Generalized Advantage Estimation [2]: how much better each action turned out than the critic expected.
 
+    Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
+    Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
+    away most of its noise.  And how many of the rewards that followed?  One step, and V(s') for the rest, has little
+    noise but all of the critic's error; all of them, none of its error but all the noise.  Between these lie n steps
+    ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which comes to a sum of one-step
+    errors delta, each discounted by gamma * lambda ([2], eq. 16).
+
     All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
     to, before any reset.  Returns advantages (T, N).
     """
-    # Two ways for an episode to end, and they differ.  Terminated: nothing comes after, V(s') counts as 0.  Truncated:
-    # the task would go on, only we stopped looking, so V(s') stands for the rest.  Either way the sum over later
-    # errors stops here, since the next row belongs to another episode.
+    # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
+    # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
+    # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
     not_terminated = 1.0 - terminated.to(values.dtype)
     not_done = 1.0 - (terminated | truncated).to(values.dtype)
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
@@ -383,20 +397,21 @@ def ppo_loss(
     actions: torch.Tensor,
     old_log_probs: torch.Tensor,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
+    targets: torch.Tensor,
     clip_coef: float = 0.2,
     vf_coef: float = 0.5,
     ent_coef: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate objective of PPO [1], to be minimised.
 
-    The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
-    collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
-    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``
-    in the direction that its advantage asks for.  That buys several epochs from one rollout.
+    The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
+    advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
+    weighs each sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
+    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So one rollout will do for
+    several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
-    acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
+    acted; advantages (B,), normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
     detached scalars for the log.
     """
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
@@ -408,17 +423,18 @@ def ppo_loss(
     # the gradient clipping mean the same whatever the scale of the rewards.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    # L_clip = E[min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)]                        [1], eq. 7
+    # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
     # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero: it pushes no
-    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction is undone.
+    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
     # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
-    value_loss = (values - returns).square().mean()
+    # Not clipped, unlike in the code that came with [1]: there is no evidence that it helps ([3], detail 9).
+    value_loss = (values - targets).square().mean()
 
-    # S = E[-sum_a pi(a|s) * log pi(a|s)]
+    # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
 
     # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
@@ -426,7 +442,9 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            "approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old, pi), unbiased and never negative ([3], detail 12)
+            "approx_kl": (
+                ratio - 1 - log_ratio
+            ).mean(),  # estimates KL(pi_old, pi), and is never negative ([3], detail 12)
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -480,7 +498,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         parameters = [*actor.parameters(), *critic.parameters()]
-        optimizer = Adam(parameters, eps=1e-5, fused=True)  # torch's; eps: [3], detail 3
+        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).
+        optimizer = Adam(parameters, eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
@@ -508,15 +527,15 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gamma,
                 args.gae_lambda,
             )  # (T, N)
-            returns = advantages + rollout.values  # TD(lambda) targets ([3], detail 5), before any normalisation
+            targets = advantages + rollout.values  # TD(lambda), from advantages not yet normalised ([3], detail 5)
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
-            explained_variance = 1 - (returns - rollout.values).var() / returns.var()
+            explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
-            old_log_probs, advantages, returns = rollout.log_probs.flatten(), advantages.flatten(), returns.flatten()
+            old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
             for _ in range(args.update_epochs):
                 for batch in torch.randperm(len(actions), device=device).chunk(args.num_minibatches):  # (B,) indices
@@ -526,7 +545,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         actions[batch],
                         old_log_probs[batch],
                         advantages[batch],
-                        returns[batch],
+                        targets[batch],
                         args.clip_coef,
                         args.vf_coef,
                         args.ent_coef,
@@ -837,7 +856,7 @@ class Run:
             print()
 
     def finish(self) -> None:
-        """The last line: solved or not, over 100 fresh episodes, at what cost, and where to find it."""
+        """The last line: solved or not, over FINAL_EPISODES fresh episodes, at what cost, and where to find it."""
         assert self.final_returns is not None
         self.save()
         self.end_line()

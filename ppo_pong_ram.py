@@ -5,7 +5,7 @@
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
 game returns -21 .. 21; pushing buttons at random returns about -20.  Every step holds one of six actions for four
-frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [5]),
+frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
 (= ln 6, undecided) to about 1.1: two actions stand for each of three moves, so 0.69 (= ln 2) is a policy that is sure.
@@ -16,7 +16,8 @@ PPO repeats three things; train(), below, is the loop.
     how much better each action turned out than predicted.
   - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
     go of each once its probability has changed by a fifth; the critic learns better predictions.
-Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
+The return of an episode is the sum of its rewards.  What the critic predicts is discounted: a reward k steps ahead
+counts gamma^k.  Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -26,15 +27,18 @@ References
     [2] Schulman et al. 2015, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
         arXiv:1506.02438
     [3] Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
-    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms (REINFORCE), Machine Learning 8
-    [5] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
-    [6] Karpathy 2016, Deep Reinforcement Learning: Pong from Pixels
+    [4] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
+        (REINFORCE), Machine Learning 8
+    [5] Pardo et al. 2018, Time Limits in Reinforcement Learning, ICML
+    [6] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
+    [7] Karpathy 2016, Deep Reinforcement Learning: Pong from Pixels
+    [8] Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
 
 Legend, used in shape comments
-    T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, D); here (2, 134)
+    T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, K); here (2, 134)
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
-    F  frames of an observation, each of D numbers: 128 bytes, and the action that led there as 6 zeros and ones
+    F  steps that are shown, each as K numbers: 128 bytes, and the action that led there as 6 zeros and ones
 """
 
 # /// script
@@ -84,7 +88,7 @@ MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
 # going, each followed by the action that led to it, one-hot: where actions are sticky, the last one is not over yet.
 FRAMES = 2
 SOLVED_RETURN = 19.0  # of 21: two points lost in a game
-FINAL_EPISODES = 30  # that the verdict at the end rests on, none of them seen before
+FINAL_EPISODES = 30  # fresh ones, behind the verdict at the end
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,15 @@ class Args:
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
     num_steps: int = 128
-    """T, steps in each environment between two updates (the horizon)"""
+    """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
     """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero from --late-from on"""
+    """let the learning rates fall linearly to zero from --late-from on ([3], detail 4, but there from the start)"""
     gamma: float = 0.99
-    """discount: the horizon of what matters is about 1 / (1 - gamma) steps, here 100"""
+    """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     late_from: float = 0.4
@@ -130,15 +134,15 @@ class Args:
     late_gae_lambda: float = 0.95
     """lambda from then on"""
     cut_at_reward: bool = True
-    """let credit end at a reward: a point decides a rally, and the next point is no merit of what won this one"""
+    """let credit end at a reward: a point decides a rally, and the next point owes nothing to what won this one"""
     num_minibatches: int = 8
-    """parts that a rollout is shuffled into, one gradient step each"""
+    """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 3
     """passes over a rollout"""
     clip_coef: float = 0.2
     """epsilon, how far a ratio may move from 1, the way its advantage asks, before its gradient stops"""
     ent_coef: float = 0.01
-    """weight of the entropy bonus, which rewards staying undecided, so that exploration does not end too soon"""
+    """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
     """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
     max_grad_norm: float = 0.5
@@ -216,7 +220,7 @@ class BadInput(Exception):
 
 
 def check_writable(args: Args) -> None:
-    """Raises BadInput if there cannot be the files of a run: better said now than after an hour of training."""
+    """Raises BadInput if the files of a run cannot be written: better said now than after an hour of training."""
     for path in args.log, args.log.with_suffix(".svg"), args.checkpoint:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,7 @@ def check_writable(args: Args) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where the content of a file is put together before it takes the file's place."""
+    """Where a file is written before it is renamed into its place."""
     return Path(f"{path}.part")
 
 
@@ -298,7 +302,7 @@ class Inputs(nn.Module):
         return scaled.clamp(-5, 5)
 
     def update(self, observations: torch.Tensor) -> None:
-        """Take more observations into mean and variance (Chan, Golub and LeVeque 1979)."""
+        """Take more observations into mean and variance ([8])."""
         raw = self.raw(observations).flatten(0, -2).double()
         variance, mean = torch.var_mean(raw, 0, correction=0)
         total = self.count + len(raw)
@@ -309,7 +313,10 @@ class Inputs(nn.Module):
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
-    """Two hidden layers of 128 ReLU units, normalised.  Orthogonal weights, zero biases ([3], detail 2)."""
+    """Two hidden layers of 128 ReLU units, normalised.  Orthogonal weights, zero biases ([3], detail 2).
+
+    An orthogonal layer neither blows up nor swallows what passes through it when learning begins.
+    """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
@@ -319,9 +326,10 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): for each observation, one logit per action.
+    """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal.
+    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal, and
+    the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -398,8 +406,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
-    # The networks see the rollout once more, as one batch.  That is cheaper than a critic at every step, and log pi
-    # comes from the very computation that the loss will repeat: the ratio of the first minibatch is exactly 1.
+    # The networks see the rollout once more, in one piece.  That is cheaper than a critic at every step, and log pi
+    # comes from a forward pass like the loss's own: at the first minibatch the ratio is 1.
     observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -429,12 +437,19 @@ def gae(
 ) -> torch.Tensor:
     """Generalized Advantage Estimation [2]: how much better each action turned out than the critic expected.
 
+    Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
+    Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
+    away most of its noise.  And how many of the rewards that followed?  One step, and V(s') for the rest, has little
+    noise but all of the critic's error; all of them, none of its error but all the noise.  Between these lie n steps
+    ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which comes to a sum of one-step
+    errors delta, each discounted by gamma * lambda ([2], eq. 16).
+
     All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
     to, before any reset.  Returns advantages (T, N).
     """
-    # Two ways for an episode to end, and they differ.  Terminated: nothing comes after, V(s') counts as 0.  Truncated:
-    # the task would go on, only we stopped looking, so V(s') stands for the rest.  Either way the sum over later
-    # errors stops here, since the next row belongs to another episode.
+    # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
+    # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
+    # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
     not_terminated = 1.0 - terminated.to(values.dtype)
     not_done = 1.0 - (terminated | truncated).to(values.dtype)
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
@@ -458,20 +473,21 @@ def ppo_loss(
     actions: torch.Tensor,
     old_log_probs: torch.Tensor,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
+    targets: torch.Tensor,
     clip_coef: float = 0.2,
     vf_coef: float = 0.5,
     ent_coef: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate objective of PPO [1], to be minimised.
 
-    The policy gradient [4] makes an action likelier in proportion to its advantage, but holds only for the policy that
-    collected the data: one gradient step, and the data is stale.  PPO weighs each sample by how much likelier its
-    action has become since (the ratio), and ignores a sample once its ratio has moved by more than ``clip_coef``
-    in the direction that its advantage asks for.  That buys several epochs from one rollout.
+    The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
+    advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
+    weighs each sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
+    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So one rollout will do for
+    several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
-    acted; advantages (B,), normalised here; returns (B,), the critic's targets.  Returns (loss, info), info holding
+    acted; advantages (B,), normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
     detached scalars for the log.
     """
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
@@ -483,17 +499,18 @@ def ppo_loss(
     # the gradient clipping mean the same whatever the scale of the rewards.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    # L_clip = E[min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)]                        [1], eq. 7
+    # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
     # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero: it pushes no
-    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction is undone.
+    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
     # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
-    value_loss = (values - returns).square().mean()
+    # Not clipped, unlike in the code that came with [1]: there is no evidence that it helps ([3], detail 9).
+    value_loss = (values - targets).square().mean()
 
-    # S = E[-sum_a pi(a|s) * log pi(a|s)]
+    # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
 
     # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
@@ -501,7 +518,9 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            "approx_kl": (ratio - 1 - log_ratio).mean(),  # KL(pi_old, pi), unbiased and never negative ([3], detail 12)
+            "approx_kl": (
+                ratio - 1 - log_ratio
+            ).mean(),  # estimates KL(pi_old, pi), and is never negative ([3], detail 12)
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -554,7 +573,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # Differs from [3]: a learning rate for each network.  Adam is torch's; eps: [3], detail 3.
+        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).
+        # Differs from [3]: a learning rate for each network.
         rates = (args.learning_rate, args.critic_learning_rate)
         optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
@@ -579,7 +599,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # First learn to score at all: short credit, and a critic that fills in the rest.  Then learn to give
             # nothing away: to one who discounts much, a risky shot now is worth as much as a long rally that is safe.
             late = run.update >= args.late_from * args.updates
-            # Differs from the paper: as in [6], a point ends what its rally is credited with, as if it ended the game.
+            # Differs from the paper: as in [7], a point ends what its rally is credited with, as if it ended the game.
             decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
             advantages = gae(
                 rollout.rewards,
@@ -590,9 +610,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.late_gamma if late else args.gamma,
                 args.late_gae_lambda if late else args.gae_lambda,
             )  # (T, N)
-            returns = advantages + rollout.values  # TD(lambda) targets ([3], detail 5), before any normalisation
+            targets = advantages + rollout.values  # TD(lambda), from advantages not yet normalised ([3], detail 5)
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
-            explained_variance = 1 - (returns - rollout.values).var() / returns.var()
+            explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
             left = (1 - run.update / args.updates) / (1 - args.late_from)  # of the later part: 1 where it begins
@@ -600,7 +620,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
-            old_log_probs, advantages, returns = rollout.log_probs.flatten(), advantages.flatten(), returns.flatten()
+            old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
             for _ in range(args.update_epochs):
                 for batch in torch.randperm(len(actions), device=device).chunk(args.num_minibatches):  # (B,) indices
@@ -610,7 +630,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         actions[batch],
                         old_log_probs[batch],
                         advantages[batch],
-                        returns[batch],
+                        targets[batch],
                         args.clip_coef,
                         args.vf_coef,
                         args.ent_coef,
@@ -925,7 +945,7 @@ class Run:
             print()
 
     def finish(self) -> None:
-        """The last line: solved or not, over 100 fresh episodes, at what cost, and where to find it."""
+        """The last line: solved or not, over FINAL_EPISODES fresh episodes, at what cost, and where to find it."""
         assert self.final_returns is not None
         self.save()
         self.end_line()

@@ -1,4 +1,4 @@
-"""The specification, in the order in which a reader meets the things.
+"""The specification, from the ground up.
 
     python -m pytest
 
@@ -202,7 +202,7 @@ RESET_ROWS = [
 
 @pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
 @pytest.mark.parametrize(("case", "rule"), [row[1:] for row in STEP_ROWS], ids=[row[0] for row in STEP_ROWS])
-def test_contract_at_step(case, rule, kind):
+def test_a_step_that_breaks_a_rule_ends_the_session(case, rule, kind):
     with odd_session(kind, case, at="step") as session:
         session.reset(seed=0)
         session.step([0, 1, 0])
@@ -214,7 +214,7 @@ def test_contract_at_step(case, rule, kind):
 
 @pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
 @pytest.mark.parametrize(("case", "rule"), [row[1:] for row in RESET_ROWS], ids=[row[0] for row in RESET_ROWS])
-def test_contract_at_reset(case, rule, kind):
+def test_a_reset_that_breaks_a_rule_ends_the_session(case, rule, kind):
     with odd_session(kind, case, at="reset") as session:
         if rule is None:
             assert session.reset(seed=0).shape == (3, 2)
@@ -321,7 +321,7 @@ def test_a_contract_that_contradicts_itself_is_refused(wrong):
         ("obs = [[0, 1, 2], [3, 4]]", "obs_shape"),
     ],
 )
-def test_integer_observations_take_no_fraction_and_no_overflow(case, rule):
+def test_integer_observations_take_no_float_and_no_overflow(case, rule):
     with native("ByteImage", 2, Contract((2, 3), 2, "uint8", (0, 255)), case=case) as session:
         session.reset(0)
         session.step([0, 0])
@@ -598,7 +598,7 @@ PROCESS_ROWS = [
 @pytest.mark.parametrize("faulty", ["describe", "reset", "step"])
 @pytest.mark.parametrize(("row", "name", "fault", "message"), [(i, *row) for i, row in enumerate(PROCESS_ROWS)],
                          ids=[row[0] for row in PROCESS_ROWS])  # fmt: skip
-def test_process_and_conversation(workplace, row, name, fault, message, faulty):
+def test_a_server_that_fails_or_talks_nonsense_is_one_error(workplace, row, name, fault, message, faulty):
     worker = (row + len(faulty)) % 2  # each row meets both workers
     timeout = 1.0 if "1 s" in message else 20.0
     session = fake_session(workplace, faulty, fault, env=worker, timeout=timeout)
@@ -631,7 +631,7 @@ DESCRIBE_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "fault", "error", "message"), DESCRIBE_ROWS, ids=[row[0] for row in DESCRIBE_ROWS])
-def test_handshake(workplace, name, fault, error, message):
+def test_a_wrong_describe_reply_is_refused(workplace, name, fault, error, message):
     assert_fault(fake_session(workplace, "describe", fault), "describe", error, message, worker=1)
 
 
@@ -658,7 +658,7 @@ PLACES = {
 @pytest.mark.parametrize("env", [0, 1, 2])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("name", "number", "rule"), NUMBER_ROWS, ids=[row[0] for row in NUMBER_ROWS])
-def test_a_number_of_an_observation(workplace, name, number, rule, place, env):
+def test_a_bad_number_is_found_wherever_an_observation_comes_from(workplace, name, number, rule, place, env):
     fault = f"{PLACES[place]}; row[{len(name) % 2}] = {number}"
     if "Literal" in number:  # what json.dumps would not write
         fault = (
@@ -710,7 +710,7 @@ BATCH_ROWS = [
 
 @pytest.mark.parametrize("env", [0, 1, 2])
 @pytest.mark.parametrize(("name", "faulty", "fault", "rule"), BATCH_ROWS, ids=[row[0] for row in BATCH_ROWS])
-def test_one_environment_of_a_batch(workplace, name, faulty, fault, rule, env):
+def test_the_error_names_the_environment_with_the_bad_value(workplace, name, faulty, fault, rule, env):
     session = fake_session(workplace, faulty, fault, env)
     assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
 
@@ -734,7 +734,7 @@ SHAPE_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "faulty", "fault", "rule"), SHAPE_ROWS, ids=[row[0] for row in SHAPE_ROWS])
-def test_a_batch(workplace, name, faulty, fault, rule):
+def test_a_malformed_batch_is_refused(workplace, name, faulty, fault, rule):
     session = fake_session(workplace, faulty, fault)
     assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", worker=1)
 
@@ -754,7 +754,7 @@ CLOSE_ROWS = [
 
 @pytest.mark.parametrize("env", [0, 2], ids=["worker 0", "worker 1"])
 @pytest.mark.parametrize(("name", "fault"), CLOSE_ROWS, ids=[row[0] for row in CLOSE_ROWS])
-def test_close(workplace, name, fault, env):
+def test_close_never_raises_and_ends_everything(workplace, name, fault, env):
     session = fake_session(workplace, "close", fault, env)
     session.reset(0)
     session.step([0, 1, 0])
@@ -1025,7 +1025,7 @@ what?
     assert replies[4]["rule"] == "action_range"
 
 
-def test_the_server_never_imports_torch():
+def test_importing_gym_bridge_does_not_import_torch():
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gym_bridge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -1222,6 +1222,8 @@ def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda)
     rng = np.random.default_rng(seed)
     rewards, values, next_values = rng.normal(size=(3, steps, 2))
     terminated, truncated = rng.random((2, steps, 2)) < 0.2
+    # Within an episode, the state that an action led to is the one in the next row.
+    next_values[:-1] = np.where(terminated | truncated, next_values, np.roll(values, -1, axis=0))[:-1]
     tensors = [torch.from_numpy(array) for array in (rewards, values, next_values, terminated, truncated)]
     ours = ppo.gae(*tensors, gamma, gae_lambda).numpy()
     for env in range(2):
@@ -1234,17 +1236,13 @@ def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda)
                 n_step_returns.append(sum(gamma**k * rewards[t + k, env] for k in range(n)) + bootstrap)
             weights = [(1 - gae_lambda) * gae_lambda ** (n - 1) for n in range(1, len(n_step_returns))]
             weights.append(gae_lambda ** (len(n_step_returns) - 1))
-            # Unless V' is the next row's V, as within an episode, the n-step returns carry its correction.
-            corrections = sum(
-                (gamma * gae_lambda) ** (k - t + 1) * (next_values[k, env] - values[k + 1, env]) for k in range(t, last)
-            )
             expected = sum(w * g for w, g in zip(weights, n_step_returns, strict=True)) - values[t, env]
             direct = 0.0
             for k in range(t, last + 1):
                 bootstrap = 0.0 if terminated[k, env] else next_values[k, env]
                 direct += (gamma * gae_lambda) ** (k - t) * (rewards[k, env] + gamma * bootstrap - values[k, env])
             assert ours[t, env] == pytest.approx(direct, abs=1e-9)
-            assert ours[t, env] == pytest.approx(expected + corrections, abs=1e-9)
+            assert ours[t, env] == pytest.approx(expected, abs=1e-9)
 
 
 def test_gae_and_ppo_loss_run_when_pasted_under_import_torch():
@@ -1269,14 +1267,14 @@ print(loss.item() == (info["policy_loss"] + 0.5 * info["value_loss"]).item())
 # ------------------------------------------------------------------------------------------------------------- PPO loss
 
 
-def loss_oracle(logits, values, actions, old_log_probs, advantages, returns, clip, vf, ent):
+def loss_oracle(logits, values, actions, old_log_probs, advantages, targets, clip, vf, ent):
     """Equations 7 and 9 of the PPO paper sample by sample, in double precision, without torch."""
     size = len(actions)
     mean = sum(advantages) / size
     std = math.sqrt(sum((a - mean) ** 2 for a in advantages) / (size - 1))
     surrogate = value_error = entropy = kl = clipped = 0.0
     for row, value, action, old, advantage, target in zip(
-        logits, values, actions, old_log_probs, advantages, returns, strict=True
+        logits, values, actions, old_log_probs, advantages, targets, strict=True
     ):
         partition = sum(math.exp(logit) for logit in row)
         probabilities = [math.exp(logit) / partition for logit in row]
@@ -1306,12 +1304,26 @@ def test_ppo_loss_against_the_oracle(seed, size, clip, ent):
     logits, old_logits = rng.normal(size=(2, size, 3))
     actions = rng.integers(0, 3, size)
     old = torch.from_numpy(old_logits).log_softmax(-1).numpy()[np.arange(size), actions]
-    values, advantages, returns = rng.normal(size=(3, size))
-    arrays = (logits, values, actions, old, advantages, returns)
+    values, advantages, targets = rng.normal(size=(3, size))
+    arrays = (logits, values, actions, old, advantages, targets)
     loss, info = ppo.ppo_loss(*(torch.from_numpy(array) for array in arrays), clip, 0.5, ent)
     expected_loss, expected_info = loss_oracle(*(array.tolist() for array in arrays), clip, 0.5, ent)
     assert loss.item() == pytest.approx(expected_loss, abs=1e-9)
     assert {key: value.item() for key, value in info.items()} == pytest.approx(expected_info, abs=1e-9)
+
+
+def test_the_first_gradient_step_is_the_policy_gradient():
+    """At a ratio of 1, with respect to a row's logits: -A * (1[a] - pi), in a mean over the rows."""
+    rng = np.random.default_rng(1)
+    logits = torch.from_numpy(rng.normal(size=(5, 3))).requires_grad_()
+    actions, advantages = torch.from_numpy(rng.integers(0, 3, 5)), torch.from_numpy(rng.normal(size=5))
+    old = logits.detach().log_softmax(-1)[torch.arange(5), actions]
+    loss, _ = ppo.ppo_loss(logits, torch.zeros(5), actions, old, advantages, torch.zeros(5))
+    loss.backward()
+    normalised = (advantages.numpy() - advantages.numpy().mean()) / (advantages.numpy().std(ddof=1) + 1e-8)
+    powers = np.exp(logits.detach().numpy())
+    grad_log_pi = np.eye(3)[actions.numpy()] - powers / powers.sum(1, keepdims=True)
+    np.testing.assert_allclose(logits.grad.numpy(), -normalised[:, None] * grad_log_pi / 5, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -1561,7 +1573,7 @@ def test_evaluation_is_greedy_and_every_environment_counts_once():
         assert ppo.evaluate(session, Stay(), seed=0, max_steps=1)[1] == 51.0  # cut short
 
 
-def test_a_new_actor_starts_undecided_and_the_critic_near_zero():
+def test_a_new_actor_is_undecided_and_the_weights_are_orthogonal():
     actor, critic = networks()
     observations = torch.randn(100, 4)
     probabilities = actor(observations).softmax(-1)
@@ -1627,7 +1639,7 @@ def test_inputs_are_stacks_of_bytes():
         pong.Inputs((3, 2))(torch.zeros(4, 3, 2))
 
 
-def test_statistics_are_saved_frozen_in_evaluation_and_no_parameters():
+def test_input_statistics_are_saved_and_no_parameters():
     actor = pong.Actor((3, 134), 6)
     actor.inputs.update(torch.randint(0, 256, (50, 3, 134), dtype=torch.uint8))
     twin = pong.Actor((3, 134), 6)
@@ -1874,7 +1886,12 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     folder, _ = short_run
     checkpoint = str(folder / "data/rl/ppo_cartpole.pt")
     half = ["--checkpoint", "half.pt", "--log", "half.json"]
-    ppo.train(tyro.cli(ppo.Args, args=["--seed", "3", *SHORT, "--updates", "2", *half]))
+    half_way = ["--seed", "3", *SHORT, "--updates", "2", *half]
+    run = ppo.train(tyro.cli(ppo.Args, args=half_way))
+    random_state, weights = torch.get_rng_state(), run.actor.state_dict()
+    run = ppo.train(tyro.cli(ppo.Args, args=[*half_way, "--resume"]))  # takes all of it up, and has nothing left to do
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(weights[name], weight) for name, weight in run.actor.state_dict().items())
     done = run_script("--resume", "--updates", "4", *half)
     assert done.returncode == 0, done.stderr
     whole, resumed = (torch.load(path, weights_only=True) for path in (checkpoint, "half.pt"))
@@ -2215,7 +2232,7 @@ def test_a_run_without_stdout():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_policy_that_diverges():
+def test_weights_that_diverge_end_the_run_with_advice():
     done = run_script("--learning-rate", "1e30", *SHORT)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("a lower --learning-rate may help")
