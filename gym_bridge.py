@@ -5,9 +5,10 @@
         observation = session.reset(seed=1)                 # (8, 4)
         transition = session.step([0, 1, 0, 1, 0, 1, 0, 1])  # a Transition, checked, or an exception
 
-The conversation (protocol 1).  A session starts one or more servers and talks to each over its stdin and stdout in
-lines of strict JSON: one object to a line, exactly one reply to each request, with the request's id.  A person can
-hold the same conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then type
+The conversation (protocol 1).  The trainer, that is, the process that opens a session, starts one or more servers
+(workers), each with a share of the environments, and talks to each over its stdin and stdout (the wire) in lines of
+strict JSON: one object to a line, exactly one reply to each request, with the request's id.  A person can hold the same
+conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then type
 
     {"id": 1, "cmd": "describe"}
     {"id": 2, "cmd": "reset", "seed": 1}
@@ -63,7 +64,7 @@ Array = np.ndarray[Any, Any]
 PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
-TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: who ignores the first needs no longer wait
+TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore more time, too
 AWAKE = 3e-4  # seconds to look at a pipe again and again before sleeping on it: waking up costs more than a fast step
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
@@ -83,9 +84,9 @@ RULES = {
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",
-    "obs_type": "an observation is a numpy array (over the wire: numbers), no strings, booleans or nulls",
+    "obs_type": "an observation is a numpy array, or nested lists of numbers: no strings, booleans or nulls",
     "obs_shape": "an observation has the contract's shape",
-    "obs_dtype": "every value fits the contract's dtype: no fraction for an integer, no overflow",
+    "obs_dtype": "every value fits the contract's dtype: no float for an integer, no overflow",
     "obs_finite": "every value of an observation is finite",
     "obs_range": "every value of an observation lies in the contract's range, both ends included",
     "reward_type": "a reward is a number, not a boolean, a string or null",
@@ -93,7 +94,7 @@ RULES = {
     "reward_range": "a reward lies in the contract's range, both ends included",
     "done_type": "terminated and truncated are booleans",
     "done_exclusive": "an episode is terminated or truncated, not both (where the contract demands it)",
-    "reset_obs": "an environment brings a first observation of its next episode exactly if it finished one",
+    "reset_obs": "an environment brings a first observation of its next episode exactly when one has ended",
     "action_count": "one action for each environment",
     "action_type": "an action is an integer, not a float or a boolean",
     "action_range": "an action lies in 0 .. n_actions - 1",
@@ -405,8 +406,8 @@ class _Batch(NamedTuple):
 class CheckedSession(ABC):
     """N environments, stepped together, every reset and transition checked.  The checks are here, for every kind.
 
-    An environment that finishes is reset at once: ``Transition.next_observation`` is where the episode ended, the
-    session's ``observation`` is where the next one begins.
+    An environment that finishes is reset at once (Gymnasium: same-step autoreset): ``Transition.next_observation`` is
+    where the episode ended (its ``final_obs``), the session's ``observation`` is where the next one begins.
 
     Where one observation does not tell all, a session can show more, always of the same episode:
     append_action: each observation (a vector) is followed by the action that led to it, one-hot; zeros after a reset.
