@@ -122,13 +122,13 @@ class Args:
     critic_learning_rate: float = 1e-2
     """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero from --late-from on ([3], detail 4, but there from the start)"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4): with large steps, nothing settles"""
     gamma: float = 0.99
     """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     late_from: float = 0.4
-    """share of --updates after which credit reaches further back and the learning rates fall"""
+    """share of --updates after which credit reaches further back"""
     late_gamma: float = 0.997
     """gamma from then on"""
     late_gae_lambda: float = 0.95
@@ -615,8 +615,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
-            left = (1 - run.update / args.updates) / (1 - args.late_from)  # of the later part: 1 where it begins
-            remaining = min(1.0, left) if args.anneal_lr else 1.0
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
