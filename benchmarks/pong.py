@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from training import run
+
 ROOT = Path(__file__).resolve().parent.parent
 BARE = """
 import sys, time, ale_py, gymnasium
@@ -52,19 +54,20 @@ def bare() -> float:
     return sum(float(process.communicate()[0]) for process in both)
 
 
-def training(flags: list[str]) -> float:
-    """Environment steps per second of the script, collecting and learning, from update 15 to update 45."""
+def training(flags: list[str]) -> tuple[float, float]:
+    """Environment steps per second of the script, collecting and learning, from update 15 to 45; its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         files = ["--log", f"{folder}/log.json", "--checkpoint", f"{folder}/checkpoint.pt"]
         short = ["--updates", "45", "--eval-every", "15", "--eval-max-steps", "1"]
         command = [sys.executable, str(ROOT / "ppo_pong_ram.py"), *short, *files, *flags]
-        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        output, memory = run(command, folder)
+    lines = output.splitlines()
     steps, seconds = [], []
     for line in (lines[1], lines[3]):  # "update 15/45  61,440 steps  3,000/s  ..."
         _, done, speed, *_ = (part.replace(",", "") for part in line.split("  "))
         steps.append(int(done.removesuffix(" steps")))
         seconds.append(steps[-1] / int(speed.removesuffix("/s")))
-    return (steps[1] - steps[0]) / (seconds[1] - seconds[0])
+    return (steps[1] - steps[0]) / (seconds[1] - seconds[0]), memory
 
 
 def main() -> None:
@@ -72,15 +75,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("flags", nargs="*", help="after --: handed to the script")
     args = parser.parse_args()
-    print("| round | two bare emulators, steps/s | training, steps/s | ratio |")
-    print("|---|---|---|---|")
+    print("| round | two bare emulators, steps/s | training, steps/s | ratio | peak memory |")
+    print("|---|---:|---:|---:|---:|")
     rounds = []
     for number in range(1, args.rounds + 1):
-        limit, reached = bare(), training(args.flags)
-        rounds.append((limit, reached, reached / limit))
-        print(f"| {number} | {limit:,.0f} | {reached:,.0f} | {reached / limit:.2f} |", flush=True)
-    limit, reached, ratio = (statistics.median(column) for column in zip(*rounds, strict=True))
-    print(f"| median | {limit:,.0f} | {reached:,.0f} | {ratio:.2f} |")
+        limit = bare()
+        reached, memory = training(args.flags)
+        rounds.append((limit, reached, reached / limit, memory))
+        print(f"| {number} | {limit:,.0f} | {reached:,.0f} | {reached / limit:.2f} | {memory:,.0f} MB |", flush=True)
+    limit, reached, ratio, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print(f"| median | {limit:,.0f} | {reached:,.0f} | {ratio:.2f} | {memory:,.0f} MB |")
 
 
 if __name__ == "__main__":
