@@ -538,14 +538,15 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
             for _ in range(args.update_epochs):
-                for batch in torch.randperm(len(actions), device=device).chunk(args.num_minibatches):  # (B,) indices
+                order = torch.randperm(len(actions), device=device)
+                for minibatch in order.chunk(args.num_minibatches):  # (B,) indices
                     loss, info = ppo_loss(
-                        actor(observations[batch]),
-                        critic(observations[batch]),
-                        actions[batch],
-                        old_log_probs[batch],
-                        advantages[batch],
-                        targets[batch],
+                        actor(observations[minibatch]),
+                        critic(observations[minibatch]),
+                        actions[minibatch],
+                        old_log_probs[minibatch],
+                        advantages[minibatch],
+                        targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
                         args.ent_coef,
