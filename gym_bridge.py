@@ -767,7 +767,7 @@ class _Server:
             unasked = os.read(self.stdout, 200)
             raise BridgeError(f"the server spoke without being asked: {unasked!r}" if unasked else "the server hung up")
         self.last_id += 1
-        data = json.dumps({"id": self.last_id, **request}).encode() + b"\n"
+        data = _dumps({"id": self.last_id, **request}).encode() + b"\n"
         while data:
             try:
                 data = data[os.write(self.stdin, data) :]
@@ -892,7 +892,9 @@ def _refuse(token: str) -> NoReturn:
     raise ValueError(f"{token} is no JSON")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)  # made once: that takes as long as a reply
+# Made once: that takes as long as a reply.
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
+_dumps = json.JSONEncoder(allow_nan=False).encode
 
 
 def _loads(line: bytes) -> Any:
@@ -1129,7 +1131,7 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 if isinstance(made, Exception):
                     raise made
                 reply = {"id": number, "ok": True, **_answer(request, *made)}
-                text = json.dumps(reply, allow_nan=False)
+                text = _dumps(reply)
             except Exception as error:  # whatever it was, this request gets its one reply
                 text = json.dumps({"id": number, "ok": False, **_error(error)})
             try:
