@@ -906,7 +906,15 @@ print("through")
     assert trainer.communicate(timeout=20)[0] == "through\n"
 
 
-def test_ctrl_c_while_an_error_is_reported(workplace):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, though a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_an_error_is_reported(workplace, ctrl_c):
     session = fake_session(workplace, "step", "reply['reward'][ENV] = 2; say(json.dumps(reply) + '\\n '); continue")
     session.reset(0)
     threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT]).start()
@@ -964,7 +972,7 @@ def test_a_session_that_is_dropped_takes_its_servers_along():
         assert_gone(pid)
 
 
-def test_a_second_ctrl_c_while_servers_are_being_ended(workplace):
+def test_a_second_ctrl_c_while_servers_are_being_ended(workplace, ctrl_c):
     fault = "signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     session = fake_session(workplace, "step", fault)
     session.reset(0)
