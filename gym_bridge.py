@@ -1128,12 +1128,13 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 request = _loads(line)
                 if isinstance(request, dict):
                     number, command = request.get("id"), request.get("cmd")
+                    number = number if isinstance(number, (int, str)) else None  # 1e999 can be read, but not written
                 if isinstance(made, Exception):
                     raise made
                 reply = {"id": number, "ok": True, **_answer(request, *made)}
                 text = _dumps(reply)
             except Exception as error:  # whatever it was, this request gets its one reply
-                text = json.dumps({"id": number, "ok": False, **_error(error)})
+                text = _dumps({"id": number, "ok": False, **_error(error)})
             try:
                 replies.write(text.encode() + b"\n")
                 replies.flush()

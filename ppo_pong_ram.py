@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, 25 minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, 20 to 25 minutes on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
@@ -275,21 +275,21 @@ class Inputs(nn.Module):
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
 
-    mean: torch.Tensor  # (F * D,) float64
-    variance: torch.Tensor  # (F * D,) float64
+    mean: torch.Tensor  # (F * K,) float64
+    variance: torch.Tensor  # (F * K,) float64
     count: torch.Tensor  # () float64, the observations so far
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(obs_shape) != 2 or obs_shape[0] < 2:
-            raise ValueError(f"observations must be (F, D), F > 1 (give the session a frame_stack), not {obs_shape}")
+            raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
         self.size = math.prod(obs_shape)
         self.register_buffer("mean", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("variance", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
-        """(..., F, D) uint8 -> (..., F * D) float32: the newest bytes, and by how much each byte has changed."""
+        """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
         if observations.dtype != torch.uint8:
             raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
         newest, changes = observations[..., -1, :], observations.diff(dim=-2)

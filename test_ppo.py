@@ -1019,14 +1019,15 @@ def test_a_person_can_hold_the_conversation():
 {"id": 3, "cmd": "step", "actions": [0, 1]}
 what?
 {"id": "five", "cmd": "step", "actions": [0, 9]}
-{"id": 6, "cmd": "close"}
+{"id": [1e999], "cmd": "reset"}
+{"id": 7, "cmd": "close"}
 """
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1", "--num-envs", "2"]
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     replies = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", 6]
-    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True]
+    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", None, 7]
+    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True, True]
     assert replies[0]["obs_high"] == [pytest.approx(4.8), None, pytest.approx(math.radians(24)), None]
     assert np.shape(replies[1]["obs"]) == (2, 4)
     assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})

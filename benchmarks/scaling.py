@@ -1,6 +1,6 @@
 """How cost grows: environment steps per second over the number of environments, with 1 and 2 workers, as a picture.
 
-    python benchmarks/scaling.py             # about eight minutes; medians of three rounds, into assets/scaling.svg
+    python benchmarks/scaling.py             # about four minutes; medians of three rounds, into assets/scaling.svg
 
 Everything is checked; actions are drawn beforehand; the dashed line is a bare loop over one environment.
 """
