@@ -103,7 +103,7 @@ class Args:
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
-    eval_every: int = 20
+    eval_every: int = 40
     """updates between two evaluations of the greedy policy"""
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
@@ -111,18 +111,18 @@ class Args:
     """steps after which an evaluation episode is cut short, for environments that may never end one"""
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
-    num_envs: int = 64
-    """N, environments that are stepped together; half of them by each worker"""
+    num_envs: int = 128
+    """N, environments that are stepped together; so many that looking at them all at once costs little for each"""
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
-    num_steps: int = 128
+    num_steps: int = 64
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
     """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --updates ([3], detail 4): with large steps, nothing settles"""
+    """let learning rates ([3], detail 4) and entropy bonus fall linearly to zero over --updates: explore, then settle"""
     gamma: float = 0.99
     """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
@@ -614,7 +614,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise.
+            # Optimise, on two threads: the emulators rest meanwhile.
+            torch.set_num_threads(2)
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * remaining
@@ -633,7 +634,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        args.ent_coef,
+                        args.ent_coef * remaining,
                     )
                     optimizer.zero_grad()
                     loss.backward()
@@ -646,6 +647,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
                 if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
+
+            torch.set_num_threads(1)
 
             # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
             actor.inputs.update(rollout.observations)

@@ -1660,7 +1660,7 @@ def test_input_statistics_are_saved_and_no_parameters():
 
 
 def test_the_later_part_of_pongs_training(monkeypatch):
-    """Both learning rates fall to zero, and credit reaches further back; at any time it ends with a reward."""
+    """Learning rates and entropy bonus fall to zero; credit reaches further back, and at any time ends with a reward."""
 
     class Bytes:
         def reset(self, seed=None):
@@ -1684,13 +1684,22 @@ def test_the_later_part_of_pongs_training(monkeypatch):
         ended.append(terminated.tolist() == (rewards != 0).tolist())
         return original_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
 
+    bonuses = []
+    original_loss = pong.ppo_loss
+
+    def recorded_loss(*args):
+        bonuses.append(args[-1])
+        return original_loss(*args)
+
     ended = []
     monkeypatch.setattr(pong.Adam, "step", recorded)
     monkeypatch.setattr(pong, "gae", recorded_gae)
+    monkeypatch.setattr(pong, "ppo_loss", recorded_loss)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     pong.train(pong.Args(env_id="Bytes", updates=5, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
     assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.8, 0.6, 0.4, 0.2)]
+    assert bonuses == pytest.approx([0.01, 0.008, 0.006, 0.004, 0.002])
     assert horizons == [(0.99, 0.8)] * 2 + [(0.997, 0.95)] * 3  # the later part begins after two fifths
     assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
