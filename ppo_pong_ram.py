@@ -111,28 +111,30 @@ class Args:
     """steps after which an evaluation episode is cut short, for environments that may never end one"""
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
-    num_envs: int = 128
-    """N, environments that are stepped together; so many that looking at them all at once costs little for each"""
+    num_envs: int = 64
+    """N, environments that are stepped together; half of them by each worker"""
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
-    num_steps: int = 64
+    num_steps: int = 128
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor"""
     critic_learning_rate: float = 1e-2
     """step size of Adam for the critic, whose loss has no clip to hold it back"""
     anneal_lr: bool = True
-    """let learning rates ([3], detail 4) and entropy bonus fall linearly to zero over --updates: explore, then settle"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4): with large steps, nothing settles"""
     gamma: float = 0.99
     """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     late_from: float = 0.4
-    """share of --updates after which credit reaches further back"""
+    """share of --updates after which credit reaches further back, and exploring counts for less"""
     late_gamma: float = 0.997
     """gamma from then on"""
     late_gae_lambda: float = 0.95
     """lambda from then on"""
+    late_ent_coef: float = 0.003
+    """weight of the entropy bonus from then on"""
     cut_at_reward: bool = True
     """let credit end at a reward: a point decides a rally, and the next point owes nothing to what won this one"""
     num_minibatches: int = 8
@@ -170,7 +172,7 @@ class Args:
                 lambda value: 0 < value < math.inf,
                 "must be positive",
             ),
-            ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("ent_coef vf_coef late_ent_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("late_from", lambda value: 0 <= value < 1, "must lie in 0 .. 1, and below 1"),
@@ -634,7 +636,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        args.ent_coef * remaining,
+                        args.late_ent_coef if late else args.ent_coef,
                     )
                     optimizer.zero_grad()
                     loss.backward()
