@@ -1606,7 +1606,8 @@ def test_the_scripts_share_all_but_what_pong_changes():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
     assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    rates = dict.fromkeys(["critic_learning_rate", "late_from", "late_gamma", "late_gae_lambda"], "float")
+    late = ["late_from", "late_gamma", "late_gae_lambda", "late_ent_coef"]
+    rates = dict.fromkeys(["critic_learning_rate", *late], "float")
     assert theirs == {**ours, **rates, "cut_at_reward": "bool"}
 
 
