@@ -1661,7 +1661,7 @@ def test_input_statistics_are_saved_and_no_parameters():
 
 
 def test_the_later_part_of_pongs_training(monkeypatch):
-    """Rates fall to zero; later on credit reaches further back (always ending with a reward) and entropy counts less."""
+    """Rates fall to zero; later on credit reaches further back (ending with a reward) and entropy counts less."""
 
     class Bytes:
         def reset(self, seed=None):
