@@ -617,8 +617,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise, on two threads: the emulators rest meanwhile.
-            torch.set_num_threads(2)
+            # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * remaining
@@ -651,7 +650,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
 
-            torch.set_num_threads(1)
 
             # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
             actor.inputs.update(rollout.observations)
