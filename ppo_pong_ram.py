@@ -650,7 +650,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and epoch_kl > args.target_kl:
                     break
 
-
             # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
             actor.inputs.update(rollout.observations)
             critic.inputs.update(rollout.observations)
