@@ -103,7 +103,7 @@ class Args:
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
-    eval_every: int = 40
+    eval_every: int = 20
     """updates between two evaluations of the greedy policy"""
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
@@ -128,13 +128,11 @@ class Args:
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     late_from: float = 0.4
-    """share of --updates after which credit reaches further back, and exploring counts for less"""
+    """share of --updates after which credit reaches further back"""
     late_gamma: float = 0.997
     """gamma from then on"""
     late_gae_lambda: float = 0.95
     """lambda from then on"""
-    late_ent_coef: float = 0.003
-    """weight of the entropy bonus from then on"""
     cut_at_reward: bool = True
     """let credit end at a reward: a point decides a rally, and the next point owes nothing to what won this one"""
     num_minibatches: int = 8
@@ -172,7 +170,7 @@ class Args:
                 lambda value: 0 < value < math.inf,
                 "must be positive",
             ),
-            ("ent_coef vf_coef late_ent_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
+            ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("late_from", lambda value: 0 <= value < 1, "must lie in 0 .. 1, and below 1"),
@@ -599,8 +597,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Estimate advantages, and from them what the critic should have said.
 
             # First learn to score at all: short credit, and a critic that fills in the rest.  Then learn to give
-            # nothing away, neither to impatience (to one who discounts much, a risky shot now is worth as much as a
-            # long rally that is safe) nor to experiments (--late-ent-coef).
+            # nothing away: to one who discounts much, a risky shot now is worth as much as a long rally that is safe.
             late = run.update >= args.late_from * args.updates
             # Differs from the paper: as in [7], a point ends what its rally is credited with, as if it ended the game.
             decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
@@ -636,7 +633,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        args.late_ent_coef if late else args.ent_coef,
+                        args.ent_coef,
                     )
                     optimizer.zero_grad()
                     loss.backward()
