@@ -1,0 +1,46 @@
+"""Greedy games of a checkpoint that decide nothing: how good is its policy, beyond the luck of the final evaluation?
+
+    python benchmarks/games.py data/rl/ppo_pong_ram.pt               # 100 games; a few minutes for Pong
+    python benchmarks/games.py data/rl/ppo_cartpole.pt --games 500
+
+Their seeds are others than those of any evaluation in training.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--games", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=20261121)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| checkpoint | environment steps | greedy return | standard error |\n|---|---:|---:|---:|")
+    for path in args.checkpoints:
+        name = torch.load(path, weights_only=True)["script"].removesuffix(".py")
+        if name not in ("ppo_cartpole", "ppo_pong_ram"):
+            sys.exit(f"{path} is a checkpoint of {name}, which is not known here")
+        script = importlib.import_module(name)
+        state = script.load_checkpoint(path)
+        flags = script.stored_args(script.Args(checkpoint=path))
+        with script.open_session(flags, args.games) as session:
+            actor = script.Actor(session.obs_shape, session.contract.n_actions)
+            actor.load_state_dict(state["actor"])
+            returns = script.evaluate(session, actor, args.seed, flags.eval_max_steps)
+        error = returns.std(ddof=1) / len(returns) ** 0.5
+        print(
+            f"| {path} | {state['env_steps']:,} | {returns.mean():.2f} ± {returns.std():.2f} | {error:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
