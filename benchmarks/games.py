@@ -25,11 +25,11 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| checkpoint | environment steps | greedy return | standard error |\n|---|---:|---:|---:|")
     for path in args.checkpoints:
-        name = torch.load(path, weights_only=True)["script"].removesuffix(".py")
+        state = torch.load(path, weights_only=True)
+        name = state["script"].removesuffix(".py")
         if name not in ("ppo_cartpole", "ppo_pong_ram"):
             sys.exit(f"{path} is a checkpoint of {name}, which is not known here")
         script = importlib.import_module(name)
-        state = script.load_checkpoint(path)
         flags = script.stored_args(script.Args(checkpoint=path))
         with script.open_session(flags, args.games) as session:
             actor = script.Actor(session.obs_shape, session.contract.n_actions)
