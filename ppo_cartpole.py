@@ -37,7 +37,7 @@ Legend, used in shape comments
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "ale-py>=0.10", "tyro>=0.9"]
+# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "ale-py>=0.10", "tyro>=1.0.16"]
 # ///
 
 from __future__ import annotations
