@@ -128,7 +128,7 @@ class Args:
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     late_from: float = 0.4
-    """share of --updates after which credit reaches further back"""
+    """share of --updates after which credit reaches further back; 1: never"""
     late_gamma: float = 0.997
     """gamma from then on"""
     late_gae_lambda: float = 0.95
@@ -173,7 +173,7 @@ class Args:
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
-            ("late_from", lambda value: 0 <= value < 1, "must lie in 0 .. 1, and below 1"),
+            ("late_from", lambda value: 0 <= value <= 1, "must lie in 0 .. 1 (1: never)"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),

@@ -1694,8 +1694,9 @@ def test_the_later_part_of_pongs_training(monkeypatch):
     assert horizons == [(0.99, 0.8)] * 2 + [(0.997, 0.95)] * 3  # the later part begins after two fifths
     assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=1, cut_at_reward=False, **flags), session)
-    assert ended[5] is False
+    pong.train(pong.Args(env_id="Bytes", updates=2, cut_at_reward=False, late_from=1, **flags), session)
+    assert horizons[5:] == [(0.99, 0.8)] * 2
+    assert ended[5:] == [False] * 2
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
