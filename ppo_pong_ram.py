@@ -596,8 +596,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Estimate advantages, and from them what the critic should have said.
 
-            # First learn to score at all: short credit, and a critic that fills in the rest.  Then learn to give
-            # nothing away: to one who discounts much, a risky shot now is worth as much as a long rally that is safe.
+            # Differs from the paper: credit changes on the way.  First learn to score at all: short credit, and a
+            # critic that fills in the rest.  Then learn to give nothing away: to one who discounts much, a risky shot
+            # now is worth as much as a long rally that is safe.
             late = run.update >= args.late_from * args.updates
             # Differs from the paper: as in [7], a point ends what its rally is credited with, as if it ended the game.
             decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
