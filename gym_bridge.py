@@ -17,7 +17,7 @@ conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then t
 
 A request may say ``"encoding": "base64"``: observations then travel as base64 of their little-endian bytes.  The
 server keeps the wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr,
-and what it reads is end of file.
+and its stdin is empty.
 
 Failure.  A reply is either exactly right, or it is an error: ``ContractViolation`` where the data broke a rule,
 ``BridgeError`` where the process or the conversation failed.  After an error the session is dead.  Nothing is
@@ -56,6 +56,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import IO, Any, NamedTuple, NoReturn
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -65,7 +66,7 @@ PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore more time, too
-AWAKE = 2e-3  # seconds to look at a pipe again and again before sleeping on it: that slows 100 CartPoles by a tenth
+AWAKE = 2e-3  # seconds to look at a pipe again and again; to sleep on it at once slows 100 CartPoles by a tenth
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
 MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
@@ -80,7 +81,7 @@ REQUESTS = {
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "the spaces that the environment declares are those that the contract demands",
+    "declared_space": "the declared spaces are the contract's: shape, dtype, number of actions, a range no narrower",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",
@@ -589,7 +590,7 @@ class GymnasiumSession(CheckedSession):
         self._servers: list[_Server] = []
         self._talking_to: _Server | None = None
         command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), "--env-id", env_id]
-        command += ["--make-kwargs", json.dumps(make_kwargs)] if make_kwargs else []
+        command += ["--make-kwargs", quote(json.dumps(make_kwargs))] if make_kwargs else []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         awake = AWAKE if cores > num_workers else 0.0  # a core for each server and for the trainer
         cuts = [worker * num_envs // num_workers for worker in range(num_workers + 1)]
@@ -1171,11 +1172,16 @@ def _watch(wire_in: int) -> None:
     os._exit(1)  # the first process of a container does not hear a signal from inside
 
 
+def _json(text: str) -> Any:
+    """JSON, quoted as in a URL: that passes through any shell, such as the one at the far end of an ssh."""
+    return json.loads(unquote(text))
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
     parser.add_argument("--env-id", required=True)
     parser.add_argument("--num-envs", type=int, default=1)
-    parser.add_argument("--make-kwargs", type=json.loads, default={}, help="arguments of gymnasium.make, as JSON")
+    parser.add_argument("--make-kwargs", type=_json, default={}, help="arguments of gymnasium.make, as JSON")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
     args = parser.parse_args()

@@ -104,7 +104,7 @@ class Args:
     env_id: str = ENV_ID
     """Gymnasium id, or my_module:MyEnv-v0; for other ids than the default the contract is what the spaces declare"""
     num_envs: int = 8
-    """N, environments that are stepped together ([3], detail 1); what eight of them show makes a steadier gradient"""
+    """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
     num_workers: int = 1
     """processes that share the environments between them; changes the speed, not the numbers"""
     num_steps: int = 32
@@ -126,15 +126,15 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
+    """weight of the critic's squared error: hardly matters where nothing is shared, since Adam undoes the scale"""
     max_grad_norm: float = 0.5
-    """a longer gradient, of actor or critic, is scaled down to this length"""
+    """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
     """end an update's epochs early once the approximate KL divergence is above this"""
     solved_return: float | None = None
     """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
-    """where weights, optimiser and counters are kept"""
+    """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
     """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
     watch: bool = False
@@ -420,7 +420,7 @@ def ppo_loss(
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
     # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7), so that the entropy bonus and
-    # the gradient clipping mean the same whatever the scale of the rewards.
+    # the clipping of the actor's gradient mean the same whatever the scale of the rewards.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -442,9 +442,8 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            "approx_kl": (
-                ratio - 1 - log_ratio
-            ).mean(),  # estimates KL(pi_old, pi), and is never negative ([3], detail 12)
+            # An estimate of KL(pi_old, pi), never negative ([3], detail 12).
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -497,14 +496,14 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        parameters = [*actor.parameters(), *critic.parameters()]
-        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).
-        optimizer = Adam(parameters, eps=1e-5, fused=True)
+        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).  The learning
+        # rate is set in every update.
+        optimizer = Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if run.update == 0:  # how good is knowing nothing?
+        if not run.steps:  # how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
@@ -559,9 +558,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
-                epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
-                if args.target_kl is not None and epoch_kl > args.target_kl:
-                    break
+                if args.target_kl is not None:
+                    epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+                    if epoch_kl > args.target_kl:
+                        break
 
             # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
             # (and training goes on if they do not confirm it), and after the last update.
@@ -671,6 +671,8 @@ class Run:
                 raise BadInput(
                     f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
                 ) from None
+        elif self.args.checkpoint.exists():  # it may have taken long to learn
+            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 

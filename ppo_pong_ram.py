@@ -112,7 +112,7 @@ class Args:
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
     num_envs: int = 64
-    """N, environments that are stepped together; half of them by each worker"""
+    """N, environments that are stepped together, each worker's share of them in turn"""
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
     num_steps: int = 128
@@ -127,12 +127,6 @@ class Args:
     """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
-    late_from: float = 0.4
-    """share of --updates after which credit reaches further back; 1: never"""
-    late_gamma: float = 0.997
-    """gamma from then on"""
-    late_gae_lambda: float = 0.95
-    """lambda from then on"""
     cut_at_reward: bool = True
     """let credit end at a reward: a point decides a rally, and the next point owes nothing to what won this one"""
     num_minibatches: int = 8
@@ -144,15 +138,15 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error (it shares nothing with the actor, so this scales its own gradient only)"""
+    """weight of the critic's squared error: hardly matters where nothing is shared, since Adam undoes the scale"""
     max_grad_norm: float = 0.5
-    """a longer gradient, of actor or critic, is scaled down to this length"""
+    """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
     """end an update's epochs early once the approximate KL divergence is above this"""
     solved_return: float | None = None
     """stop when the greedy mean return reaches this; the default knows ALE/Pong-v5, and never stops elsewhere"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
-    """where weights, optimiser and counters are kept"""
+    """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
     """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
     watch: bool = False
@@ -172,8 +166,7 @@ class Args:
             ),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
-            ("gamma gae_lambda late_gamma late_gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
-            ("late_from", lambda value: 0 <= value <= 1, "must lie in 0 .. 1 (1: never)"),
+            ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
@@ -269,8 +262,8 @@ class Inputs(nn.Module):
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  What is out of the ordinary is cut at five
-    standard deviations.  Means and deviations are those of all rollouts so far (the first is played blind: all is 0).
-    They are buffers: saved with the weights, changed by nothing but ``update``.
+    standard deviations.  Means and deviations are those of all rollouts so far (the first one is played and learned
+    from blind: all is 0).  They are buffers: saved with the weights, changed by nothing but ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -343,7 +336,10 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """The value function V(s): how much discounted reward the policy will still collect from here."""
+    """The value function V(s): how much discounted reward the policy will still collect from here.
+
+    With --cut-at-reward, that is up to the next reward: in Pong, whether the rally will be won, and how soon.
+    """
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -496,7 +492,7 @@ def ppo_loss(
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
     # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7), so that the entropy bonus and
-    # the gradient clipping mean the same whatever the scale of the rewards.
+    # the clipping of the actor's gradient mean the same whatever the scale of the rewards.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -518,9 +514,8 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            "approx_kl": (
-                ratio - 1 - log_ratio
-            ).mean(),  # estimates KL(pi_old, pi), and is never negative ([3], detail 12)
+            # An estimate of KL(pi_old, pi), never negative ([3], detail 12).
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -573,15 +568,15 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).
-        # Differs from [3]: a learning rate for each network.
+        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).  The learning
+        # rates are set in every update.  Differs from [3]: each network has its own.
         rates = (args.learning_rate, args.critic_learning_rate)
         optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
         run.begin(actor, critic, optimizer, session, eval_session)
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if run.update == 0:  # how good is knowing nothing?
+        if not run.steps:  # how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
@@ -595,11 +590,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 episode_returns[done] = 0
 
             # Estimate advantages, and from them what the critic should have said.
-
-            # Differs from the paper: credit changes on the way.  First learn to score at all: short credit, and a
-            # critic that fills in the rest.  Then learn to give nothing away: to one who discounts much, a risky shot
-            # now is worth as much as a long rally that is safe.
-            late = run.update >= args.late_from * args.updates
             # Differs from the paper: as in [7], a point ends what its rally is credited with, as if it ended the game.
             decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
             advantages = gae(
@@ -608,8 +598,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 rollout.next_values,
                 decided,
                 rollout.truncated,
-                args.late_gamma if late else args.gamma,
-                args.late_gae_lambda if late else args.gae_lambda,
+                args.gamma,
+                args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # TD(lambda), from advantages not yet normalised ([3], detail 5)
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
@@ -644,9 +634,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
-                epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
-                if args.target_kl is not None and epoch_kl > args.target_kl:
-                    break
+                if args.target_kl is not None:
+                    epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
+                    if epoch_kl > args.target_kl:
+                        break
 
             # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
             actor.inputs.update(rollout.observations)
@@ -760,6 +751,8 @@ class Run:
                 raise BadInput(
                     f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
                 ) from None
+        elif self.args.checkpoint.exists():  # it may have taken long to learn
+            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 

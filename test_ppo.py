@@ -862,15 +862,19 @@ def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
 WRAPPERS = [
     ["sh", "-c", 'for f in 3 4 5 6 7 8 9; do eval "exec $f<&-"; done; exec "$0" "$@"'],  # as at the far end of an ssh
     ["sh", "-c", '"$0" "$@"; true'],  # as a launcher that stays
+    ["sh", "-c", 'exec sh -c "exec $*"', "ssh"],  # as ssh does it: one text, for another shell to split into words
 ]
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS, ids=["that drops descriptors", "that stays"])
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=["that drops descriptors", "that stays", "that splits words"])
 def test_a_server_behind_a_wrapper(wrapper):
     command = [*wrapper, sys.executable, str(HERE / "gym_bridge.py")]
-    with GymnasiumSession("CartPole-v1", CARTPOLE, 2, server_command=command, timeout=20) as session:
+    more = {"server_command": command, "make_kwargs": {"max_episode_steps": 1, "render_mode": None}, "timeout": 20}
+    with GymnasiumSession("CartPole-v1", CARTPOLE, 2, **more) as session:
         session.reset(0)
-        assert session.step([0, 1]).reward.tolist() == [1.0, 1.0]
+        transition = session.step([0, 1])
+        assert transition.reward.tolist() == [1.0, 1.0]
+        assert transition.truncated.all()
         group = session._servers[0].process.pid
     assert_gone(group)
 
@@ -1606,8 +1610,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
     assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    rates = dict.fromkeys(["critic_learning_rate", "late_from", "late_gamma", "late_gae_lambda"], "float")
-    assert theirs == {**ours, **rates, "cut_at_reward": "bool"}
+    assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool"}
 
 
 @given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
@@ -1659,9 +1662,7 @@ def test_input_statistics_are_saved_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_the_later_part_of_pongs_training(monkeypatch):
-    """Both learning rates fall to zero, and credit reaches further back; at any time it ends with a reward."""
-
+def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
     class Bytes:
         def reset(self, seed=None):
             return np.zeros(2, np.uint8), {}
@@ -1676,26 +1677,23 @@ def test_the_later_part_of_pongs_training(monkeypatch):
         rates.append([group["lr"] for group in self.param_groups])
         return original(self, *args, **kwargs)
 
-    horizons = []
+    ended = []
     original_gae = pong.gae
 
     def recorded_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
-        horizons.append((gamma, gae_lambda))
+        assert (gamma, gae_lambda) == (0.99, 0.8)
         ended.append(terminated.tolist() == (rewards != 0).tolist())
         return original_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
 
-    ended = []
     monkeypatch.setattr(pong.Adam, "step", recorded)
     monkeypatch.setattr(pong, "gae", recorded_gae)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     pong.train(pong.Args(env_id="Bytes", updates=5, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
     assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.8, 0.6, 0.4, 0.2)]
-    assert horizons == [(0.99, 0.8)] * 2 + [(0.997, 0.95)] * 3  # the later part begins after two fifths
     assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=2, cut_at_reward=False, late_from=1, **flags), session)
-    assert horizons[5:] == [(0.99, 0.8)] * 2
+    pong.train(pong.Args(env_id="Bytes", updates=2, cut_at_reward=False, **flags), session)
     assert ended[5:] == [False] * 2
 
 
@@ -1910,6 +1908,27 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     assert resumed["history"]["avg_return"][:2] == whole["history"]["avg_return"][:2]
     assert resumed["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"]
     assert read_log("half.json")["steps"] == [0, 2, 4]
+
+
+def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "collect_rollout", interrupted)
+        for flags in [], ["--resume"], ["--resume"]:
+            with pytest.raises(KeyboardInterrupt):
+                ppo.train(tyro.cli(ppo.Args, args=[*SHORT, *flags]))
+            assert read_log()["steps"] == [0]
+    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume"])).steps == [0, 2, 4]
+
+
+def test_a_new_run_sets_the_checkpoint_aside_that_it_finds():
+    first, second = (ppo.train(ppo.Args(seed=seed, updates=1, eval_max_steps=1)) for seed in (1, 2))
+    kept = ppo.load_checkpoint(Path(f"{first.args.checkpoint}.old"))
+    assert kept["args"]["seed"] == 1
+    assert ppo.load_checkpoint(second.args.checkpoint)["args"]["seed"] == 2
+    assert all(torch.equal(kept["actor"][name], weights) for name, weights in first.actor.state_dict().items())
 
 
 def test_a_flag_given_with_resume_counts(short_run, workplace):
