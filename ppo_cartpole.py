@@ -966,8 +966,8 @@ def stored_args(args: Args) -> Args:
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
                 continue
-            kinds = (float, type(None)) if field.default is None else (type(field.default),)
-            if type(stored[field.name]) not in kinds:
+            kinds = str(field.type).replace("None", "NoneType").split(" | ")
+            if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
             raise ValueError(f"to run the module that it names, say --env-id {stored['env_id']!r}")

@@ -127,8 +127,8 @@ class Args:
     """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
-    cut_at_reward: bool = True
-    """let credit end at a reward: a point decides a rally, and the next point owes nothing to what won this one"""
+    cut_at_reward: bool | None = None
+    """let credit end at a reward, as if the episode did; by default only in Pong, where a point ends a rally"""
     num_minibatches: int = 8
     """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 3
@@ -338,7 +338,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """The value function V(s): how much discounted reward the policy will still collect from here.
 
-    With --cut-at-reward, that is up to the next reward: in Pong, whether the rally will be won, and how soon.
+    Where credit ends at a reward, that is up to the next one: in Pong, whether the rally will be won, and how soon.
     """
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
@@ -591,7 +591,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Estimate advantages, and from them what the critic should have said.
             # Differs from the paper: as in [7], a point ends what its rally is credited with, as if it ended the game.
-            decided = rollout.terminated | ((rollout.rewards != 0) & args.cut_at_reward)  # (T, N)
+            # The next point owes nothing to what won this one.
+            cut = args.env_id == ENV_ID if args.cut_at_reward is None else args.cut_at_reward
+            decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
             advantages = gae(
                 rollout.rewards,
                 rollout.values,
@@ -1046,8 +1048,8 @@ def stored_args(args: Args) -> Args:
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
                 continue
-            kinds = (float, type(None)) if field.default is None else (type(field.default),)
-            if type(stored[field.name]) not in kinds:
+            kinds = str(field.type).replace("None", "NoneType").split(" | ")
+            if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
             raise ValueError(f"to run the module that it names, say --env-id {stored['env_id']!r}")

@@ -1610,7 +1610,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
     assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool"}
+    assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None"}
 
 
 @given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
@@ -1689,12 +1689,17 @@ def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
     monkeypatch.setattr(pong, "gae", recorded_gae)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=5, learning_rate=0.1, critic_learning_rate=0.4, **flags), session)
+    falling = {"learning_rate": 0.1, "critic_learning_rate": 0.4}
+    pong.train(pong.Args(env_id="Bytes", updates=5, cut_at_reward=True, **falling, **flags), session)
     assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.8, 0.6, 0.4, 0.2)]
     assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=2, cut_at_reward=False, **flags), session)
-    assert ended[5:] == [False] * 2
+    pong.train(pong.Args(env_id="Bytes", updates=2, **flags), session)
+    assert ended[5:] == [False] * 2  # another game than Pong
+    monkeypatch.setattr(pong, "ENV_ID", "Bytes")
+    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
+    pong.train(pong.Args(env_id="Bytes", updates=2, solved_return=1e8, **flags), session)
+    assert ended[7:] == [True] * 2
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
