@@ -671,8 +671,6 @@ class Run:
                 raise BadInput(
                     f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
                 ) from None
-        elif self.args.checkpoint.exists():  # it may have taken long to learn
-            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
@@ -755,6 +753,8 @@ class Run:
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        if not self.steps and self.args.checkpoint.exists():  # an older run's: it may have taken long to learn
+            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         with uninterrupted():
             self.add_row(float(returns.mean()))
         self.save()
@@ -966,7 +966,7 @@ def stored_args(args: Args) -> Args:
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
                 continue
-            kinds = str(field.type).replace("None", "NoneType").split(" | ")
+            kinds = str(field.type).replace("None", "NoneType").split(" | ")  # annotations are text in this file
             if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:

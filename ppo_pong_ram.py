@@ -112,7 +112,7 @@ class Args:
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
     num_envs: int = 64
-    """N, environments that are stepped together, each worker's share of them in turn"""
+    """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
     num_workers: int = 2
     """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
     num_steps: int = 128
@@ -753,8 +753,6 @@ class Run:
                 raise BadInput(
                     f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
                 ) from None
-        elif self.args.checkpoint.exists():  # it may have taken long to learn
-            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         self.snapshot = self.state()
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
@@ -837,6 +835,8 @@ class Run:
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
+        if not self.steps and self.args.checkpoint.exists():  # an older run's: it may have taken long to learn
+            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         with uninterrupted():
             self.add_row(float(returns.mean()))
         self.save()
@@ -1048,7 +1048,7 @@ def stored_args(args: Args) -> Args:
             if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[field.name] = getattr(args, field.name)
                 continue
-            kinds = str(field.type).replace("None", "NoneType").split(" | ")
+            kinds = str(field.type).replace("None", "NoneType").split(" | ")  # annotations are text in this file
             if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:

@@ -1934,6 +1934,9 @@ def test_a_new_run_sets_the_checkpoint_aside_that_it_finds():
     assert kept["args"]["seed"] == 1
     assert ppo.load_checkpoint(second.args.checkpoint)["args"]["seed"] == 2
     assert all(torch.equal(kept["actor"][name], weights) for name, weights in first.actor.state_dict().items())
+    with pytest.raises(BridgeError):  # a run that cannot start leaves things as they are
+        ppo.train(ppo.Args(seed=3, server_command="false"))
+    assert ppo.load_checkpoint(second.args.checkpoint)["args"]["seed"] == 2
 
 
 def test_a_flag_given_with_resume_counts(short_run, workplace):
