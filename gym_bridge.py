@@ -70,6 +70,7 @@ AWAKE = 2e-3  # seconds to look at a pipe again and again; to sleep on it at onc
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
 MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
+FINITE = float(np.finfo(np.float32).max)  # networks compute in float32: whatever is larger is infinite to them
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
 
 REQUESTS = {
@@ -88,10 +89,10 @@ RULES = {
     "obs_type": "an observation is a numpy array, or nested lists of numbers: no strings, booleans or nulls",
     "obs_shape": "an observation has the contract's shape",
     "obs_dtype": "every value fits the contract's dtype: no float for an integer, no overflow",
-    "obs_finite": "every value of an observation is finite",
+    "obs_finite": "every value of an observation is finite, in float32 too",
     "obs_range": "every value of an observation lies in the contract's range, both ends included",
     "reward_type": "a reward is a number, not a boolean, a string or null",
-    "reward_finite": "a reward is finite",
+    "reward_finite": "a reward is finite, in float32 too",
     "reward_range": "a reward lies in the contract's range, both ends included",
     "done_type": "terminated and truncated are booleans",
     "done_exclusive": "an episode is terminated or truncated, not both (where the contract demands it)",
@@ -164,7 +165,7 @@ class Contract:
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
         (Held in float64: integers beyond 2**53 are rounded.)
     reward_range: (low, high).  Ends included.
-    check_obs_finite, check_reward_finite: refuse NaN and infinities.
+    check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
 
     Raises ValueError if it contradicts itself.
@@ -223,7 +224,8 @@ class Contract:
         if self._dtype.kind == "f":
             if not self.check_obs_finite:
                 return None if self.obs_range is None else (low, high)
-            return low.clip(np.finfo(self._dtype).min), high.clip(None, np.finfo(self._dtype).max)
+            most = min(float(np.finfo(self._dtype).max), FINITE)
+            return low.clip(-most), high.clip(None, most)
         everything = bool((low <= np.iinfo(self._dtype).min).all() and (high >= np.iinfo(self._dtype).max).all())
         return None if everything else (low, high)
 
@@ -232,7 +234,7 @@ class Contract:
         if not self.check_reward_finite and self.reward_range is None:
             return None
         low, high = self.reward_range or (-math.inf, math.inf)
-        most = sys.float_info.max if self.check_reward_finite else math.inf
+        most = FINITE if self.check_reward_finite else math.inf
         return max(float(low), -most), min(float(high), most)
 
     @classmethod
@@ -316,16 +318,16 @@ class Contract:
         if index := _outside(observations, self._obs_bounds):
             value, element = observations[index], f"observation{list(index[1:])}"
             env = index[0] if envs is None else envs[index[0]]
-            if self.check_obs_finite and not np.isfinite(value):
-                raise ContractViolation("obs_finite", f"a finite {element}", str(value), env)
+            if self.check_obs_finite and not abs(float(value)) <= FINITE:
+                raise ContractViolation("obs_finite", f"a finite {element} (in float32)", str(value), env)
             low, high = (bound[index[1:]] for bound in self._obs_range)
             raise ContractViolation("obs_range", f"{element} in [{low}, {high}]", str(value), env)
 
     def _check_rewards(self, rewards: Array) -> None:
         if index := _outside(rewards, self._reward_bounds):
             value, env = rewards[index], index[0]
-            if self.check_reward_finite and not np.isfinite(value):
-                raise ContractViolation("reward_finite", "a finite reward", str(value), env)
+            if self.check_reward_finite and not abs(value) <= FINITE:
+                raise ContractViolation("reward_finite", "a finite reward (in float32)", str(value), env)
             raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(value), env)
 
     def _check_actions(self, actions: Any, num_envs: int) -> Array:

@@ -124,7 +124,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rates fall linearly to zero over --updates ([3], detail 4): with large steps, nothing settles"""
     gamma: float = 0.99
-    """discount: what lies more than about 1 / (1 - gamma) steps ahead, here 100, hardly counts"""
+    """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     cut_at_reward: bool | None = None
@@ -134,11 +134,11 @@ class Args:
     update_epochs: int = 3
     """passes over a rollout"""
     clip_coef: float = 0.2
-    """epsilon, how far a ratio may move from 1, the way its advantage asks, before its gradient stops"""
+    """epsilon: a sample stops pushing once its ratio has moved this far from 1, the way its advantage asks for"""
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error: hardly matters where nothing is shared, since Adam undoes the scale"""
+    """weight of the critic's squared error: hardly matters where nothing is shared; clipping and Adam undo it"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
@@ -185,7 +185,7 @@ class Args:
         except ValueError as error:
             raise ValueError(f"--server-command cannot be split into words: {error}") from None
         files = [self.log, self.log.with_suffix(".svg"), self.checkpoint]
-        if len({os.path.abspath(path) for file in files for path in (file, part_of(file))}) < 6:
+        if len({os.path.abspath(path) for path in files}) < 3:
             raise ValueError(
                 "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
             )
@@ -226,8 +226,8 @@ def check_writable(args: Args) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it is renamed into its place."""
-    return Path(f"{path}.part")
+    """Where this process writes a file before it is renamed into its place."""
+    return Path(f"{path}.{os.getpid()}.part")
 
 
 def stop(message: object, code: int) -> NoReturn:
@@ -435,14 +435,16 @@ def gae(
 
     Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
-    away most of its noise.  And how many of the rewards that followed?  One step, and V(s') for the rest, has little
-    noise but all of the critic's error; all of them, none of its error but all the noise.  Between these lie n steps
-    ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which comes to a sum of one-step
-    errors delta, each discounted by gamma * lambda ([2], eq. 16).
+    away most of its noise.  And how many of the rewards that followed?  One reward plus gamma * V(s') has little noise,
+    but all of the critic's error; the sum of all rewards has none of its error, but all the noise.  In between: n
+    rewards, then the critic ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which
+    comes to a sum of one-step errors delta, the one k steps ahead weighted by (gamma * lambda)^k ([2], eq. 16).
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
-    to, before any reset.  Returns advantages (T, N).
+    to, before any reset.  Returns advantages (T, N).  Raises ValueError for shapes that differ.
     """
+    if not rewards.shape == values.shape == next_values.shape == terminated.shape == truncated.shape:
+        raise ValueError("gae: rewards, values, next_values, terminated and truncated must have one shape")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
@@ -483,9 +485,11 @@ def ppo_loss(
     several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
-    acted; advantages (B,), normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
-    detached scalars for the log.
+    acted; advantages (B,), B > 1, normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
+    detached scalars for the log.  Raises ValueError for other shapes: (B, 1) beside (B,) would become (B, B).
     """
+    if {each.shape for each in (values, actions, old_log_probs, advantages, targets)} != {logits.shape[:-1]}:
+        raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,)")
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
@@ -497,8 +501,9 @@ def ppo_loss(
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
-    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero: it pushes no
-    # further, though others may.  On the other side nothing is clipped, so a step in the wrong direction can be undone.
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero; its ratio
+    # may still move with the gradients of other samples.  On the other side nothing is clipped, so that a step in the
+    # wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -514,8 +519,8 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            # An estimate of KL(pi_old, pi), never negative ([3], detail 12).
-            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
+            "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -553,9 +558,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
-    (default: a twin of the session).  Both are closed at the end.
-    Raises ContractViolation, BridgeError, BadInput (a checkpoint or a place that will not do), OSError (a full disk),
-    FloatingPointError (weights that are not finite any more).
+    (default: a twin of the session).  Both are closed at the end.  ``args.resume`` takes weights, counters and history
+    from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
+    full disk), FloatingPointError (weights that are not finite any more).
     """
     torch.set_num_threads(1)  # the other cores are the emulators'
     torch.manual_seed(args.seed)
@@ -564,6 +570,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     with contextlib.ExitStack() as resources:
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
+        if session.num_envs != args.num_envs:
+            raise BadInput(f"the session has {session.num_envs} environments, num_envs is {args.num_envs}")
 
         contract = session.contract
         actor = Actor(session.obs_shape, contract.n_actions).to(device)
@@ -576,7 +584,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if not run.steps:  # how good is knowing nothing?
+        if not run.steps:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
 
@@ -631,7 +639,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     optimizer.zero_grad()
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  Together, the
-                    # critic's, in units of squared returns, would decide how far the actor moves.
+                    # critic's, in units of squared returns, would set by how much the actor's is scaled down.
                     for network in (actor, critic):
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
@@ -791,14 +799,12 @@ class Run:
         self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint holds but the history; copies, so that it stays as it is."""
+        """What a checkpoint holds of the last completed update; copies, so that it stays as it is."""
         return {
             "script": Path(__file__).name,
             "args": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.args).items()},
             "update": self.update,
             "env_steps": self.env_steps,
-            "transitions_checked": self.transitions_checked,
-            "seconds": self.seconds,
             "actor": cloned(self.actor.state_dict()),
             "critic": cloned(self.critic.state_dict()),
             "optimizer": cloned(self.optimizer.state_dict()),
@@ -884,9 +890,9 @@ class Run:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
-        torch.save(
-            {**self.snapshot, "steps": self.steps, "history": self.history, "final_returns": final_returns}, buffer
-        )
+        spent = {"transitions_checked": self.transitions_checked, "seconds": self.seconds}  # in evaluations, too
+        shown = {"steps": self.steps, "history": self.history, "final_returns": final_returns}
+        torch.save({**self.snapshot, **spent, **shown}, buffer)
         replace_file(self.args.checkpoint, buffer.getvalue())
         replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
         replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
@@ -1049,6 +1055,7 @@ def stored_args(args: Args) -> Args:
                 stored[field.name] = getattr(args, field.name)
                 continue
             kinds = str(field.type).replace("None", "NoneType").split(" | ")  # annotations are text in this file
+            kinds += ["int"] if "float" in kinds else []
             if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:

@@ -241,6 +241,33 @@ def assert_violation(session, call, rule, where):
         session.observation  # noqa: B018
 
 
+@pytest.mark.parametrize("number", [3e38, -3e38, 3.5e38, -1e300])
+def test_finite_is_what_float32_can_hold(number):
+    """A learner computes in float32: what is larger would be an infinity to it."""
+
+    class Large:
+        def reset(self, seed=None):
+            return np.zeros(2), {}
+
+        def step(self, action):
+            values = np.array([0.0, number if action == 1 else 0.0])
+            return values, number if action == 2 else 0.0, False, False, {}
+
+    for action, rule in (1, "obs_finite"), (2, "reward_finite"):
+        session = NativeSession([Large()], Contract((2,), 3, "float64"))
+        session.reset(0)
+        if abs(number) < 3.4e38:
+            session.step([action])
+        else:
+            with pytest.raises(ContractViolation, match=r"expected a finite .*\(in float32\)") as caught:
+                session.step([action])
+            assert caught.value.rule == rule
+        unchecked = Contract((2,), 3, "float64", check_obs_finite=False, check_reward_finite=False)
+        session = NativeSession([Large()], unchecked)
+        session.reset(0)
+        session.step([action])
+
+
 ACTION_ROWS = [
     ("accept_list", [0, 1], None),
     ("accept_int32", np.array([1, 0], np.int32), None),
@@ -1228,6 +1255,22 @@ def test_gae_by_hand(terminated, truncated, expected):
     assert advantages.squeeze(1).tolist() == expected
 
 
+def test_shapes_that_would_broadcast_are_refused():
+    """A critic's (B, 1) beside returns (B,) is the commonest of mistakes, and would train on (B, B)."""
+    good = [torch.zeros(3, 2) for _ in range(3)] + [torch.zeros(3, 2, dtype=torch.bool) for _ in range(2)]
+    ppo.gae(*good, 0.9, 0.9)
+    for i in range(5):
+        wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(good)]
+        with pytest.raises(ValueError, match="must have one shape"):
+            ppo.gae(*wrong, 0.9, 0.9)
+    batch = [torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, dtype=torch.int64)] + [torch.zeros(3)] * 3
+    ppo.ppo_loss(*batch)
+    for i in range(6):
+        wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(batch)]
+        with pytest.raises(ValueError, match=r"logits must be \(B, A\), and all other tensors \(B,\)"):
+            ppo.ppo_loss(*wrong)
+
+
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), gamma=st.floats(0, 1), gae_lambda=st.floats(0, 1))
 @settings(deadline=None, max_examples=60)
 def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda):
@@ -1384,6 +1427,16 @@ def test_the_kl_estimate_is_unbiased_and_never_negative():
         assert info["approx_kl"] >= 0
         estimate += old[action] * info["approx_kl"]
     assert estimate.item() == pytest.approx(exact.item())
+
+
+def test_the_kl_estimate_of_a_small_step_is_exact_in_float32():
+    """r - 1 - log r for log r = x = 1e-4 is x^2 / 2 + x^3 / 6 + ...; with r rounded first, a quarter would be lost."""
+    old = torch.full((2,), math.log(0.5))
+    log_pi = torch.tensor([[math.log(0.5) + 1e-4, math.log(1 - 0.5 * math.exp(1e-4))]]).repeat(2, 1)
+    chosen = torch.zeros(2, dtype=torch.int64)
+    step = (log_pi.log_softmax(-1)[0, 0] - old[0]).double().item()  # as float32 has it
+    _, info = ppo.ppo_loss(log_pi, torch.zeros(2), chosen, old, torch.tensor([1.0, -1.0]), torch.zeros(2))
+    assert info["approx_kl"].item() == pytest.approx(step**2 / 2 + step**3 / 6, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------- rollout and evaluate
@@ -1902,7 +1955,10 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     half_way = ["--seed", "3", *SHORT, "--updates", "2", *half]
     run = ppo.train(tyro.cli(ppo.Args, args=half_way))
     random_state, weights = torch.get_rng_state(), run.actor.state_dict()
+    checked, seconds = run.transitions_checked, run.seconds
     run = ppo.train(tyro.cli(ppo.Args, args=[*half_way, "--resume"]))  # takes all of it up, and has nothing left to do
+    assert run.transitions_checked == checked  # of the evaluations, too
+    assert run.seconds_before > 0.9 * seconds
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(weights[name], weight) for name, weight in run.actor.state_dict().items())
     done = run_script("--resume", "--updates", "4", *half)
@@ -1926,6 +1982,32 @@ def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
                 ppo.train(tyro.cli(ppo.Args, args=[*SHORT, *flags]))
             assert read_log()["steps"] == [0]
     assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume"])).steps == [0, 2, 4]
+
+
+def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
+    """They overwrite each other's files, whole ones with whole ones."""
+    original = os.replace
+
+    def replace(source, target):
+        monkeypatch.setattr(os, "replace", original)
+        assert run_script("--updates", "1", "--eval-max-steps", "1").returncode == 0  # a whole run, just now
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert ppo.train(ppo.Args(updates=2, eval_max_steps=1)).update == 2
+    assert read_log()["steps"] == [0, 2]
+
+
+def test_a_session_of_another_size_is_refused():
+    with pytest.raises(ppo.BadInput, match="the session has 3 environments, num_envs is 8"):
+        ppo.train(ppo.Args(), cartpole_session(3))
+
+
+def test_integers_in_the_place_of_floats_can_be_resumed():
+    args = ppo.Args(updates=1, eval_max_steps=1, gamma=1, solved_return=400)
+    ppo.train(args)
+    stored = ppo.stored_args(ppo.Args())
+    assert (stored.gamma, stored.solved_return, stored.updates) == (1, 400, 1)
 
 
 def test_a_new_run_sets_the_checkpoint_aside_that_it_finds():
@@ -2287,7 +2369,6 @@ PERSON_ROWS = [
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
     ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
-    ("checkpoint_is_part", ["--log", "one", "--checkpoint", "one.part"], "must be three different files"),
     ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be three different files"),
     ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be three different files"),
     ("picture_over_log", ["--log", "curve.svg"], "must be three different files"),
