@@ -121,7 +121,7 @@ class SessionFailure(RuntimeError):
         self.server: str | None = None
 
     def __str__(self) -> str:
-        stage = f"step {self.step}" if self.stage == "step" else self.stage
+        stage = self.stage if self.step is None else f"{self.stage} {self.step}"
         where = [stage] if stage else []
         where += [f"environment {self.env}"] if self.env is not None else []
         return (", ".join(where) + ": " if where else "") + self.what + (f"\n[{self.server}]" if self.server else "")
@@ -134,6 +134,9 @@ class ContractViolation(SessionFailure):
         self.rule, self.expected, self.got = rule, expected, got
         super().__init__(f"contract rule {rule} broken: expected {expected}, got {got}", env)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can leave a process of a pool
+        return type(self), (self.rule, self.expected, self.got, self.env), self.__dict__
+
 
 class BridgeError(SessionFailure):
     """The process or the conversation failed: it did not start, answer, answer in time, or make sense."""
@@ -142,7 +145,7 @@ class BridgeError(SessionFailure):
 def _show(value: object) -> str:
     """A value for an error message: with its type where that may be the point, and never a screenful."""
     try:
-        text = repr(value[:120] if isinstance(value, (str, bytes)) else value)
+        text = repr(value[:120] if isinstance(value, (str, bytes, list, tuple)) else value)
     except Exception:  # it may come from an environment, nest without end, or be an integer of 10,000 digits
         return f"a {type(value).__name__} that cannot be shown"
     text = text if len(text) <= 120 else text[:117] + "..."
@@ -186,12 +189,14 @@ class Contract:
             raise ValueError(f"obs_shape must be 1 to 32 positive integers, not {_show(self.obs_shape)}")
         if not _is_int(self.n_actions) or not 1 <= self.n_actions <= MAX_ACTIONS:
             raise ValueError(f"n_actions must be an integer in 1 .. {MAX_ACTIONS}, not {_show(self.n_actions)}")
-        if self.obs_dtype not in DTYPES:
+        if type(self.obs_dtype) is not str or self.obs_dtype not in DTYPES:
             raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
         if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
         object.__setattr__(self, "obs_shape", shape)  # how a frozen dataclass puts its fields into one form
-        _limits("reward_range", self.reward_range, ())
+        if self.reward_range is not None:
+            low, high = _limits("reward_range", self.reward_range, ())
+            object.__setattr__(self, "reward_range", (low.item(), high.item()))
         if self.obs_range is not None:
             object.__setattr__(self, "obs_range", tuple(_tuples(bound.tolist()) for bound in self._obs_range))
 
@@ -204,8 +209,11 @@ class Contract:
         """The bounds of every element, unbounded where nothing is demanded; compared in the observation's dtype."""
         low, high = _limits("obs_range", self.obs_range, self.obs_shape)
         if self._dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                return low.astype(self._dtype), high.astype(self._dtype)
+            with np.errstate(all="ignore"):
+                cast = low.astype(self._dtype), high.astype(self._dtype)
+            if (np.isinf(cast) & np.isfinite((low, high))).any():
+                raise ValueError(f"obs_range {_show(self.obs_range)} does not fit {self.obs_dtype}")
+            return cast
         limits = np.iinfo(self._dtype)  # in Python, an integer and a float compare exactly, and nothing overflows
         lows = [math.ceil(max(bound, limits.min)) for bound in low.ravel().tolist()]
         highs = [math.floor(min(bound, limits.max)) for bound in high.ravel().tolist()]
@@ -364,11 +372,13 @@ def _tuples(nested: Any) -> Any:
 
 def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """(low, high) as float64 arrays of ``shape``; without limits, infinities."""
-    low, high = limits if limits is not None else (-np.inf, np.inf)
     try:
+        low, high = limits if limits is not None else (-np.inf, np.inf)
+        if isinstance(low, str) or isinstance(high, str):  # numpy would read a number in it
+            raise TypeError
         arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be numbers of shape {shape}, not {_show(limits)}") from None
+        raise ValueError(f"{name} must be a pair of numbers of shape {shape}, not {_show(limits)}") from None
     if not ((arrays[0] <= arrays[1]) & (arrays[0] < np.inf) & (arrays[1] > -np.inf)).all():
         raise ValueError(
             f"{name} must have low <= high, no infinite low and no minus infinite high, not {_show(limits)}"
@@ -418,7 +428,8 @@ class CheckedSession(ABC):
 
     Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's but for these two),
     ``transitions_checked``, ``versions`` (what the environments run on).
-    Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.
+    Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.  It belongs to
+    one process and one thread.
     """
 
     def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:
@@ -432,6 +443,7 @@ class CheckedSession(ABC):
         self.versions: dict[str, str] = {}
         self._observation: Array | None = None
         self._dead: str | None = None
+        self._process = os.getpid()
 
     @property
     def obs_shape(self) -> tuple[int, ...]:
@@ -442,6 +454,8 @@ class CheckedSession(ABC):
     @property
     def observation(self) -> Array:
         """(N, *self.obs_shape): what the next actions are to be chosen from."""
+        if self._dead is not None:
+            raise BridgeError(f"this session is dead: {self._dead}")
         if self._observation is None:
             raise BridgeError("there is no observation before reset()")
         return self._observation.copy()
@@ -493,7 +507,7 @@ class CheckedSession(ABC):
 
     def close(self) -> None:
         """End everything within 3 seconds, whatever state it is in.  Never raises, may be called again."""
-        if self._dead is None:
+        if self._dead is None and self._process == os.getpid():
             self._dead = "it was closed"
             self._close(polite=True)
 
@@ -531,6 +545,8 @@ class CheckedSession(ABC):
         """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session."""
         if self._dead is not None:
             raise BridgeError(f"this session is dead: {self._dead}")
+        if self._process != os.getpid():  # one would take the other's reply for its own
+            raise BridgeError("this session belongs to the process that opened it, not to one forked from there")
         try:
             yield
         except BaseException as error:
@@ -582,9 +598,9 @@ class GymnasiumSession(CheckedSession):
             GymnasiumSession,
             env_id,
             contract,
-            make_kwargs=make_kwargs,
+            make_kwargs=copy.deepcopy(make_kwargs),
             timeout=timeout,
-            server_command=server_command,
+            server_command=list(server_command) if server_command else None,
             frame_stack=frame_stack,
             append_action=append_action,
         )
@@ -669,10 +685,10 @@ class NativeSession(CheckedSession):
     def __init__(
         self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1, append_action: bool = False
     ) -> None:
-        if not envs:
-            raise ValueError("need at least one environment")
-        super().__init__(len(envs), contract, frame_stack, append_action)
         self._envs = list(envs)
+        if not self._envs or len({id(env) for env in self._envs}) < len(self._envs):
+            raise ValueError("need at least one environment, and each an object of its own (not [env] * 8)")
+        super().__init__(len(self._envs), contract, frame_stack, append_action)
 
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
@@ -790,7 +806,7 @@ class _Server:
         if not isinstance(reply, dict) or not _is_int(reply.get("id")) or type(reply.get("ok")) is not bool:
             raise BridgeError(f"a reply is an object with an integer id and a boolean ok, not {_show(line)}")
         if reply["id"] != self.last_id:
-            raise BridgeError(f"the reply has id {reply['id']}, the request had {self.last_id}")
+            raise BridgeError(f"the reply has id {_show(reply['id'])}, the request had {self.last_id}")
         if rest:
             raise BridgeError(f"more than one reply to one request: {_show(rest)}")
         del reply["id"]
@@ -919,9 +935,9 @@ def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] =
 def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
     """A failed request: the environment raised, or the server itself saw a rule broken."""
     _keys(reply, {"error"}, {"traceback", "env", "rule", "expected", "got"})
-    env = reply.pop("env", None)
+    env = reply.get("env")
     in_range = env is None or (_is_int(env) and 0 <= env < len(envs))
-    if not in_range or not all(type(text) is str for text in reply.values()):
+    if not in_range or not all(type(text) is str for key, text in reply.items() if key != "env"):
         raise BridgeError(f"a malformed error reply: {_show(reply)}")
     env = None if env is None else envs[env]
     if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
@@ -947,7 +963,7 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
         shape = tuple(reply["obs_shape"])
         plain = Contract(shape, reply["n_actions"], reply["obs_dtype"])
         low, high = _unbound(plain, reply["obs_low"], -math.inf), _unbound(plain, reply["obs_high"], math.inf)
-        bounded = np.isfinite(low).any() or np.isfinite(high).any()
+        bounded = (low > -np.inf).any() or (high < np.inf).any()
         return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
     except (ValueError, OverflowError, ContractViolation) as error:
         declared = {key: reply[key] for key in sorted(spaces)}
@@ -1051,8 +1067,12 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         contract = Contract(observation.shape, int(action.n), observation.dtype.name)
     except ValueError as error:
         raise BridgeError(f"{env_id} has the observation space {observation}: {error}") from None
+    for i, env in enumerate(envs):
+        if (env.observation_space, env.action_space) != (observation, action):
+            raise BridgeError(f"{env_id}: environment {i} declares other spaces than environment 0")
     null = np.array(None)
-    low, high = (np.where(np.isfinite(bound), bound, null).tolist() for bound in (observation.low, observation.high))
+    low = np.where(observation.low == -np.inf, null, observation.low).tolist()
+    high = np.where(observation.high == np.inf, null, observation.high).tolist()
     spaces = {"n_actions": contract.n_actions, "obs_shape": list(contract.obs_shape), "obs_dtype": contract.obs_dtype}
     about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, "obs_low": low, "obs_high": high}
     about["versions"] = versions

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -44,6 +45,7 @@ CARTPOLE = Contract(obs_shape=(4,), n_actions=2)
 # Environments that the tests train and trip over, in a module that both this process and a server can import.
 ENVIRONMENTS = '''
 import os
+import pickle
 import numpy as np
 import gymnasium
 from gymnasium.spaces import Box, Dict, Discrete
@@ -108,7 +110,17 @@ class LateActions(Odd):
     action_space = Discrete(2, start=1)
 
 
-for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions":
+class Unlike(Odd):
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        Unlike.made += 1
+        if Unlike.made == 2:
+            self.action_space = Discrete(5)
+
+
+for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions", "Unlike":
     if f"{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"{name}-v0", f"odd_envs:{name}")
 '''
@@ -268,6 +280,57 @@ def test_finite_is_what_float32_can_hold(number):
         session.step([action])
 
 
+def test_a_contract_does_not_change_with_what_it_was_made_of():
+    limits = [0, 1]
+    contract = Contract((2,), 2, obs_range=limits, reward_range=limits)
+    limits[1] = 1000
+    assert contract == Contract((2,), 2, obs_range=(0, 1), reward_range=np.array([0, 1]))
+    assert hash(contract) == hash(Contract((2,), 2, obs_range=(0.0, 1.0), reward_range=(0.0, 1.0)))
+    assert contract.reward_range == (0, 1)
+
+
+def test_an_environment_twice_is_refused():
+    """Each would step and reset the other."""
+    module = importlib.import_module("odd_envs")
+    with pytest.raises(ValueError, match="each an object of its own"):
+        NativeSession([module.Counting()] * 2, Contract((2,), 3))
+
+
+def test_errors_can_leave_the_process_of_a_pool():
+    session = odd_session("native", "obs[1] = np.nan", at="step")
+    session.reset(seed=0)
+    session.step([0, 1, 0])
+    with pytest.raises(ContractViolation) as caught:
+        session.step([0, 1, 0])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), str(again), again.__dict__) == (ContractViolation, str(caught.value), caught.value.__dict__)
+
+
+def test_a_forked_process_cannot_use_the_session():
+    """It would share the pipes, and take the other's reply for its own; closing it is the opener's affair, too."""
+    with GymnasiumSession("odd_envs:Counting-v0", Contract((2,), 3), 2) as session:
+        session.reset(0)
+        if (child := os.fork()) == 0:
+            try:
+                session.close()
+                session.step([0, 0])
+            except BridgeError as error:
+                os._exit(7 if "belongs to the process that opened it" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert session.step([1, 2]).reward.tolist() == [11, 12]
+
+
+def test_a_twin_is_of_what_the_session_was_made_of():
+    kwargs = {"case": "reward = 1.0", "at": "step"}
+    with GymnasiumSession("odd_envs:Odd-v0", ODD, 3, 1, kwargs) as session:
+        kwargs["case"] = "reward = 0.0"
+        with session.twin(3) as twin:
+            twin.reset(0)
+            twin.step([0, 0, 0])
+            assert twin.step([0, 0, 0]).reward.tolist() == [0.5, 1.0, 0.5]
+
+
 ACTION_ROWS = [
     ("accept_list", [0, 1], None),
     ("accept_int32", np.array([1, 0], np.int32), None),
@@ -319,6 +382,7 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"n_actions": True},
         {"obs_dtype": "complex64"},
         {"obs_dtype": "no such dtype"},
+        {"obs_dtype": np.dtype("float32")},
         {"obs_range": (1, -1)},
         {"obs_range": (math.nan, 1)},
         {"obs_range": ([0, 0, 0], 1)},
@@ -326,7 +390,13 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_range": (-10, -5), "obs_dtype": "uint8"},
         {"obs_range": (0.2, 0.8), "obs_dtype": "int64"},
         {"obs_range": (0, 10**400)},
+        {"obs_range": (0, 1e39), "check_obs_finite": False},
+        {"obs_range": (70000, 80000), "obs_dtype": "float16"},
+        {"obs_range": 5},
         {"reward_range": (1, 0)},
+        {"reward_range": (0, 1, 2)},
+        {"reward_range": ("0", "1")},
+        {"reward_range": ([0, 0], 1)},
     ],
     ids=str,
 )
@@ -646,6 +716,9 @@ DESCRIBE_ROWS = [
     ("reject_huge_shape", "reply['obs_shape'] = [10**9]", ContractViolation, "declared_space.*larger than 4 MiB"),
     ("reject_strange_dtype", "reply['obs_dtype'] = ',5q'", ContractViolation, "declared_space.*obs_dtype"),
     ("reject_crossed_bounds", "reply['obs_low'] = [2, 0]", ContractViolation, "declared_space.*low <= high"),
+    ("reject_crossed_infinite_bounds",
+     "reply.update(obs_low=[7, 7], obs_high=[-7, -7]); say(json.dumps(reply).replace('7', '1e999') + '\\n'); continue",
+     ContractViolation, "declared_space.*low <= high"),
     ("reject_short_bounds", "reply['obs_low'] = [0]", ContractViolation, "declared_space.*nested lists"),
     ("reject_deep_bounds", "say(json.dumps(reply).replace('[-1, null]', '[' * 400 + ']' * 400) + '\\n'); continue",
      ContractViolation, "declared_space"),
@@ -1998,6 +2071,28 @@ def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
     assert read_log()["steps"] == [0, 2]
 
 
+def test_an_error_of_the_final_evaluation_says_so():
+    class Healthy:
+        health = 0.0
+
+        def reset(self, seed=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.full(1, self.health, np.float32), 0.0, False, False, {}
+
+        def __deepcopy__(self, memo):  # the environment of the evaluations is as healthy, the final ones are not
+            copies.append(Healthy())
+            copies[-1].health = math.nan if len(copies) > 1 else 0.0
+            return copies[-1]
+
+    copies = []
+    session = NativeSession([Healthy(), Healthy()], Contract((1,), 2))
+    with pytest.raises(ContractViolation, match=r"^final evaluation, step 1, environment 0: contract rule obs_"):
+        ppo.train(ppo.Args(updates=1, num_envs=2, eval_episodes=1, eval_max_steps=1), session)
+    assert read_log()["steps"] == [0, 1]
+
+
 def test_a_session_of_another_size_is_refused():
     with pytest.raises(ppo.BadInput, match="the session has 3 environments, num_envs is 8"):
         ppo.train(ppo.Args(), cartpole_session(3))
@@ -2379,6 +2474,7 @@ PERSON_ROWS = [
     ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),
     ("continuous_actions", ["--env-id", "Pendulum-v1"], "Box(-2.0, 2.0, (1,), float32); supported is Discrete"),
     ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
+    ("unlike_each_other", ["--env-id", "odd_envs:Unlike-v0"], "environment 1 declares other spaces than environment 0"),
     ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "supported is Box"),
     ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
     ("no_checkpoint", ["--resume"], "ppo_cartpole.py: there is no checkpoint"),
