@@ -80,6 +80,7 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
+MAX_INPUTS = 10_000  # numbers in an observation: a fully connected layer is lost on more
 FINAL_EPISODES = 100  # fresh ones, behind the verdict at the end
 
 
@@ -179,6 +180,11 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
+    if math.prod(contract.obs_shape) > MAX_INPUTS:
+        raise BadInput(
+            f"{args.env_id} has observations of shape {contract.obs_shape}: pictures are not for these networks (Atari "
+            "games from memory are: ppo_pong_ram.py)"
+        )
     return GymnasiumSession(
         args.env_id,
         contract,
@@ -514,6 +520,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         if not run.steps:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
         episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
+        run.start_clock()
 
         while run.update < args.updates and not run.solved:
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
@@ -655,7 +662,7 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Environment steps per second since training began (or was resumed), evaluations included."""
+        """Environment steps per second since the first rollout (or the first after --resume), evaluations included."""
         steps = self.env_steps - self.began_steps
         return steps / (time.perf_counter() - self.began) if steps else math.nan
 
@@ -680,6 +687,12 @@ class Run:
                     f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
                 ) from None
         self.snapshot = self.state()
+        self.start_clock()
+        resumed = f", after update {self.update}" if self.args.resume else ""
+        print(f"{self.title}{resumed}: starting {sessions[0].num_envs} environments", flush=True)
+
+    def start_clock(self) -> None:
+        """Speed is counted from here."""
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -768,6 +781,7 @@ class Run:
 
     def evaluate_finally(self) -> None:
         """Fresh episodes: environments of their own, and seeds that no evaluation has used."""
+        self.show(f"playing {FINAL_EPISODES} fresh episodes")
         try:
             with self.sessions[0].twin(FINAL_EPISODES) as session:
                 seed = self.episode_seed("final evaluation")
@@ -837,7 +851,7 @@ class Run:
         }
 
     def print_line(self) -> None:
-        """One line, rewritten in place on a terminal, else a new one for each evaluation."""
+        """Where the run stands."""
         self.last_line = time.perf_counter()
         left = (self.args.updates - self.update) * self.args.num_steps * self.sessions[0].num_envs / self.speed
         latest = self.infos[-1] if self.infos else {name: values[-1] for name, values in self.history.items()}
@@ -846,19 +860,23 @@ class Run:
             f"update {self.update}/{self.args.updates}",
             f"{self.env_steps:,} steps",
             f"{self.speed:,.0f}/s",
-            f"{left:.0f} s left",
+            f"at most {left // 60:.0f}:{left // 1 % 60:02.0f} left",
             f"sampled {sampled:.1f}",
             f"greedy {self.greedy_return:.1f}",
             sparkline(self.history["avg_return"]),
             f"KL {latest['approx_kl']:.3f}",
             f"entropy {latest['entropy']:.2f}",
         ]
+        while sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
+            parts.pop()  # a line that is wrapped cannot be rewritten in place
+        self.show("  ".join(parts).replace("nan", "-"))
+
+    def show(self, line: str) -> None:
+        """On a terminal in the place of the line before, else as a new one."""
         if sys.stdout.isatty():
-            while len("  ".join(parts)) >= shutil.get_terminal_size().columns:
-                parts.pop()  # a line that is wrapped cannot be rewritten in place
-            print("\r\033[K" + "  ".join(parts).replace("nan", "-"), end="", flush=True)
+            print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         else:
-            print("  ".join(parts).replace("nan", "-"), flush=True)
+            print(line, flush=True)
 
     def end_line(self) -> None:
         if sys.stdout.isatty():
@@ -868,6 +886,8 @@ class Run:
         """The last line: solved or not, over FINAL_EPISODES fresh episodes, at what cost, and where to find it."""
         assert self.final_returns is not None
         self.save()
+        if sys.stdout.isatty():
+            self.print_line()
         self.end_line()
         verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
         mean, std, episodes = self.final_returns.mean(), self.final_returns.std(), len(self.final_returns)
@@ -977,7 +997,9 @@ def stored_args(args: Args) -> Args:
             if type(stored[field.name]).__name__ not in kinds:
                 raise TypeError(f"{field.name} is {stored[field.name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
-            raise ValueError(f"to run the module that it names, say --env-id {stored['env_id']!r}")
+            raise BadInput(
+                f"{args.checkpoint}: to run the module of its environment, say --env-id {stored['env_id']!r}"
+            )
         return Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None

@@ -1957,8 +1957,10 @@ def test_what_a_run_shows(short_run):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
+    assert lines.pop(0) == "PPO on CartPole-v1, seed 3: starting 8 environments"
+    assert lines.pop(-2) == "playing 100 fresh episodes"
     assert [line.split("  ")[0] for line in lines[:-1]] == ["update 0/4", "update 2/4", "update 4/4"]
-    for word in "steps", "/s", "left", "sampled", "greedy", "KL", "entropy":
+    for word in "steps", "/s", "at most 0:0", "left", "sampled", "greedy", "KL", "entropy":
         assert word in lines[1]
     assert re.match(r"not solved: CartPole-v1, greedy return [\d.]+ ± [\d.]+ over 100 fresh episodes", lines[-1])
     assert "1,024 environment steps" in lines[-1]
@@ -2028,10 +2030,11 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     half_way = ["--seed", "3", *SHORT, "--updates", "2", *half]
     run = ppo.train(tyro.cli(ppo.Args, args=half_way))
     random_state, weights = torch.get_rng_state(), run.actor.state_dict()
-    checked, seconds = run.transitions_checked, run.seconds
+    checked = run.transitions_checked
+    (seconds,) = (float(note.split("=")[1]) for note in read_log("half.json")["notes"] if "wall_seconds" in note)
     run = ppo.train(tyro.cli(ppo.Args, args=[*half_way, "--resume"]))  # takes all of it up, and has nothing left to do
     assert run.transitions_checked == checked  # of the evaluations, too
-    assert run.seconds_before > 0.9 * seconds
+    assert run.seconds_before == pytest.approx(seconds, abs=0.5)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(weights[name], weight) for name, weight in run.actor.state_dict().items())
     done = run_script("--resume", "--updates", "4", *half)
@@ -2128,7 +2131,7 @@ def test_a_flag_given_with_resume_counts(short_run, workplace):
         assert torch.equal(weights, after["actor"][name])
     done = run_script("--resume", *flags)  # nothing left to do
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("not solved")
+    assert "\nnot solved" in done.stdout
 
 
 def test_the_checkpoint_is_data_only(short_run):
@@ -2476,6 +2479,7 @@ PERSON_ROWS = [
     ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
     ("unlike_each_other", ["--env-id", "odd_envs:Unlike-v0"], "environment 1 declares other spaces than environment 0"),
     ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "supported is Box"),
+    ("pictures", ["--env-id", "ALE/Pong-v5"], "has observations of shape (210, 160, 3): pictures are not for"),
     ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
     ("no_checkpoint", ["--resume"], "ppo_cartpole.py: there is no checkpoint"),
     ("damaged_checkpoint", ["--resume", "--checkpoint", "odd_envs.py"], "not a readable checkpoint"),
@@ -2491,7 +2495,7 @@ def test_bad_input_gets_one_clear_message(name, flags, message):
     shown = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stderr)
     assert message in shown
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert re.fullmatch(r"(PPO on .*: starting 8 environments\n)?", done.stdout)  # where only these could tell
 
 
 def test_a_checkpoint_of_another_environment_is_refused(short_run):

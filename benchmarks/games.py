@@ -2,6 +2,7 @@
 
     python benchmarks/games.py data/rl/ppo_pong_ram.pt               # 100 games; a few minutes for Pong
     python benchmarks/games.py data/rl/ppo_cartpole.pt --games 500
+    python benchmarks/games.py mine.pt --env-id my_envs:MyEnv-v0     # an environment from a module has to be named
 
 Their seeds are others than those of any evaluation in training.
 """
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--games", type=int, default=100)
     parser.add_argument("--seed", type=int, default=20261121)
+    parser.add_argument("--env-id", help="default: the checkpoint's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| checkpoint | environment steps | greedy return | standard error |\n|---|---:|---:|---:|")
@@ -30,7 +32,11 @@ def main() -> None:
         if name not in ("ppo_cartpole", "ppo_pong_ram"):
             sys.exit(f"{path} is a checkpoint of {name}, which is not known here")
         script = importlib.import_module(name)
-        flags = script.stored_args(script.Args(checkpoint=path))
+        given = {"env_id": args.env_id} if args.env_id else {}
+        try:
+            flags = script.stored_args(script.Args(checkpoint=path, **given))
+        except script.BadInput as error:
+            sys.exit(str(error))
         with script.open_session(flags, args.games) as session:
             actor = script.Actor(session.obs_shape, session.contract.n_actions)
             actor.load_state_dict(state["actor"])
