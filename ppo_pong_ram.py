@@ -771,7 +771,7 @@ class Run:
         self.snapshot = self.state()
         self.start_clock()
         resumed = f", after update {self.update}" if self.args.resume else ""
-        print(f"{self.title}{resumed}: starting {sessions[0].num_envs} environments", flush=True)
+        print(f"{self.title}{resumed}: starting {self.args.num_envs} environments", flush=True)
 
     def start_clock(self) -> None:
         """Speed is counted from here."""

@@ -1668,6 +1668,7 @@ def test_annealing_lets_the_learning_rate_fall_linearly(monkeypatch):
     args = ppo.Args(
         updates=4,
         anneal_lr=True,
+        num_envs=2,
         learning_rate=0.008,
         update_epochs=1,
         num_minibatches=1,
@@ -2510,4 +2511,4 @@ def test_help_names_every_flag_and_says_what_it_does():
     assert done.returncode == 0
     for argument in dataclasses.fields(ppo.Args):
         assert f"--{argument.name.replace('_', '-')}" in done.stdout
-    assert "epsilon, how far a ratio may move from 1" in done.stdout
+    assert "epsilon: a sample stops pushing once" in done.stdout
