@@ -2421,9 +2421,9 @@ if __name__ == "__main__":  # main() with a deadline of its own
         done = run_script("--resume", "--updates", "11")
         assert done.returncode == 2
         assert "say --env-id 'sick:Sick-v0'" in done.stderr
-    done = run_script("--resume", "--updates", "11", "--env-id", "sick:Sick-v0")
-    assert done.returncode == 0, done.stderr
-    assert read_log()["steps"] == [0, 4, 8, 9, 11]
+        done = run_script("--resume", "--updates", "11", "--env-id", "sick:Sick-v0")
+        assert done.returncode == 0, done.stderr
+        assert read_log()["steps"] == [0, 4, 8, 9, 11]
 
 
 def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
