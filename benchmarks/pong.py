@@ -61,9 +61,9 @@ def training(flags: list[str]) -> tuple[float, float]:
         short = ["--updates", "45", "--eval-every", "15", "--eval-max-steps", "1"]
         command = [sys.executable, str(ROOT / "ppo_pong_ram.py"), *short, *files, *flags]
         output, memory = run(command, folder)
-    lines = output.splitlines()
+    lines = [line for line in output.splitlines() if line.startswith(("update 15/", "update 45/"))]
     steps, seconds = [], []
-    for line in (lines[1], lines[3]):  # "update 15/45  61,440 steps  3,000/s  ..."
+    for line in lines:  # "update 15/45  122,880 steps  3,000/s  ..."
         _, done, speed, *_ = (part.replace(",", "") for part in line.split("  "))
         steps.append(int(done.removesuffix(" steps")))
         seconds.append(steps[-1] / int(speed.removesuffix("/s")))
