@@ -683,11 +683,11 @@ PROCESS_ROWS = [
     ("reject_failed_request", "reply = {'id': reply['id'], 'ok': False, 'error': 'boom', 'traceback': 't'}", "boom"),
     ("reject_malformed_error", "reply = {'id': reply['id'], 'ok': False}", r"lacks \['error'\]"),
     ("reject_line_without_end", "while True: say(' ' * 65536)", "longer than"),
-    ("reject_hang_with_child", "subprocess.Popen(['sleep', '60']); time.sleep(60)", "no whole reply within 1 s"),
-    ("reject_hang_that_ignores_sigterm", "signal.signal(15, signal.SIG_IGN); time.sleep(60)", "within 1 s"),
-    ("reject_hang_stopped", "os.kill(os.getpid(), signal.SIGSTOP)", "within 1 s"),
-    ("reject_half_a_line_then_silence", "say('{\"id\":'); time.sleep(60)", "within 1 s; so far.*id"),
-    ("reject_slow_drip", "[(say(' '), time.sleep(0.1)) for _ in range(600)]", "within 1 s"),
+    ("reject_hang_with_child", "subprocess.Popen(['sleep', '60']); time.sleep(60)", "no whole reply within 3 s"),
+    ("reject_hang_that_ignores_sigterm", "signal.signal(15, signal.SIG_IGN); time.sleep(60)", "within 3 s"),
+    ("reject_hang_stopped", "os.kill(os.getpid(), signal.SIGSTOP)", "within 3 s"),
+    ("reject_half_a_line_then_silence", "say('{\"id\":'); time.sleep(60)", "within 3 s; so far.*id"),
+    ("reject_slow_drip", "[(say(' '), time.sleep(0.1)) for _ in range(600)]", "within 3 s"),
 ]
 
 
@@ -696,9 +696,9 @@ PROCESS_ROWS = [
                          ids=[row[0] for row in PROCESS_ROWS])  # fmt: skip
 def test_a_server_that_fails_or_talks_nonsense_is_one_error(workplace, row, name, fault, message, faulty):
     worker = (row + len(faulty)) % 2  # each row meets both workers
-    timeout = 1.0 if "1 s" in message else 20.0
+    timeout = 3.0 if "3 s" in message else 20.0  # the server has to start within it, on a loaded machine too
     session = fake_session(workplace, faulty, fault, env=worker, timeout=timeout)
-    assert_fault(session, faulty, BridgeError, message, worker=None if timeout == 1.0 else worker)
+    assert_fault(session, faulty, BridgeError, message, worker=None if timeout == 3.0 else worker)
 
 
 # What can be wrong in the handshake alone.
@@ -1279,11 +1279,11 @@ def test_a_mutated_reply_is_exactly_right_or_an_error(line):
     Path("reset").write_text('{"id":2,"ok":true,"obs":[[0,0],[0,0]]}\n')
     Path("step").write_bytes(line)
     script = "for reply in describe reset step; do read -r request; cat $reply; done; read -r request"
-    timeout = 20.0 if b"\n" in line else 0.2  # no line end: nothing but the deadline will tell
     contract = dataclasses.replace(FAKE, obs_range=(-1, 1))
     command = ["sh", "-c", script, "sh"]
-    session = GymnasiumSession("Fake-v0", contract, 2, timeout=timeout, server_command=command)
+    session = GymnasiumSession("Fake-v0", contract, 2, timeout=20, server_command=command)
     session.reset(0)
+    session._timeout = 20.0 if b"\n" in line else 0.2  # no line end: nothing but the deadline will tell
     expected = oracle(line)
     if expected is None:
         with pytest.raises((ContractViolation, BridgeError)):
@@ -1851,9 +1851,9 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     assert state["actor"]["inputs.count"] == state["critic"]["inputs.count"] == 256
     assert torch.equal(state["actor"]["inputs.mean"], state["critic"]["inputs.mean"])
 
-    done = run_script("--resume", "--updates", "3", script="ppo_pong_ram.py")
-    assert done.returncode == 0, done.stderr
-    after = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
+    again = pong.stored_args(pong.Args(log=Path("again.json"), checkpoint=Path("again.pt")))
+    pong.train(dataclasses.replace(again, resume=True, updates=3))
+    after = torch.load("again.pt", weights_only=True)
     assert (after["update"], after["env_steps"], after["actor"]["inputs.count"]) == (3, 384, 384)
     assert after["history"]["avg_return"][:2] == state["history"]["avg_return"]
 
@@ -1874,11 +1874,10 @@ def test_pong_is_held_to_bytes_and_single_points():
         assert rewards == {0.0, -1.0}  # nobody moves: the computer scores
 
 
-def test_another_atari_game_needs_no_change():
-    flags = ["--env-id", "ALE/Breakout-v5", "--updates", "1", *PONG_SHORT]
-    done = run_script(*flags, script="ppo_pong_ram.py")
-    assert done.returncode == 0, done.stderr
-    assert "finished: ALE/Breakout-v5, greedy return" in done.stdout
+def test_another_atari_game_needs_no_change(monkeypatch, capsys):
+    monkeypatch.setattr(pong, "FINAL_EPISODES", 2)  # emulators take long to start
+    pong.train(tyro.cli(pong.Args, args=["--env-id", "ALE/Breakout-v5", "--updates", "1", *PONG_SHORT]))
+    assert "finished: ALE/Breakout-v5, greedy return" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
