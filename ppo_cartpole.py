@@ -13,7 +13,7 @@ PPO repeats three things; train(), below, is the loop.
   - Judge: the critic predicts the return from each state; gae() makes advantages of rewards and predictions, that is,
     how much better each action turned out than predicted.
   - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
-    go of each once its probability has changed by a fifth; the critic learns better predictions.
+    go of each once its probability has moved that way by a fifth; the critic learns better predictions.
 The return of an episode is the sum of its rewards.  What the critic predicts is discounted: a reward k steps ahead
 counts gamma^k.  Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
 
@@ -59,12 +59,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import numpy as np
 import tyro
 
-from gym_bridge import BridgeError, CheckedSession, Contract, ContractViolation, GymnasiumSession, Transition
+from gym_bridge import CheckedSession, Contract, ContractViolation, GymnasiumSession, SessionFailure, Transition
 
 # ------------------------------------- environment and command line (a first reader may go on to "actor and critic")
 
@@ -127,7 +127,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error: hardly matters where nothing is shared; clipping and Adam undo it"""
+    """weight of the critic's squared error; would matter if the networks shared layers: clipping and Adam undo it"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
@@ -169,10 +169,10 @@ class Args:
             shlex.split(self.server_command or "")
         except ValueError as error:
             raise ValueError(f"--server-command cannot be split into words: {error}") from None
-        files = [self.log, self.log.with_suffix(".svg"), self.checkpoint]
-        if len({os.path.abspath(path) for path in files}) < 3:
+        files = [self.log, self.log.with_suffix(".svg"), self.checkpoint, Path(f"{self.checkpoint}.old")]
+        if len({os.path.abspath(path) for path in files}) < 4:
             raise ValueError(
-                "--log, its picture (the same name with .svg) and --checkpoint must be three different files"
+                "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
             )
 
 
@@ -236,7 +236,7 @@ if __name__ == "__main__":
             check_writable(early_args)
             EARLY.append(open_session(early_args, early_args.num_envs))
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
-        except (BadInput, BridgeError, ContractViolation) as error:
+        except (BadInput, SessionFailure) as error:
             stop(error, 2)
 
 import torch  # noqa: E402
@@ -250,11 +250,12 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 
     An orthogonal layer neither blows up nor swallows what passes through it when learning begins.
     """
+    flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Flatten(start_dim=-len(obs_shape)), layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    return nn.Sequential(flatten, layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class Actor(nn.Module):
@@ -304,12 +305,11 @@ class Rollout:
 
     def __post_init__(self) -> None:
         """Raises ValueError if the fields have come out of step."""
-        sizes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
-        steps = sizes["actions"]
-        inner = sizes["observations"]
-        wrong = [name for name, size in sizes.items() if size != (inner if name.endswith("observations") else steps)]
-        if len(steps) != 2 or inner[:2] != steps or wrong:
-            raise ValueError(f"the fields of a rollout must all be (T, N) or (T, N, *D), not {sizes}")
+        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        whole = shapes["observations"]  # (T, N, *D)
+        expected = {name: whole if name.endswith("observations") else whole[:2] for name in shapes}
+        if len(whole) < 2 or shapes != expected:
+            raise ValueError(f"the fields of a rollout must all be (T, N) or (T, N, *D), not {shapes}")
 
     @property
     def done(self) -> torch.Tensor:
@@ -336,8 +336,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
-    # The networks see the rollout once more, in one piece.  That is cheaper than a critic at every step, and log pi
-    # comes from a forward pass like the loss's own: at the first minibatch the ratio is 1.
+    # The networks see the rollout once more, in one piece.  That is cheaper than a critic at every step.  And log pi is
+    # computed as in the loss, since a batch of N may round differently: at the first minibatch the ratio is 1.
     observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -500,36 +500,29 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    run = Run(args)  # counters, log, checkpoint: see Housekeeping
-    with contextlib.ExitStack() as resources:
+    check_writable(args)
+    with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
             raise BadInput(f"the session has {session.num_envs} environments, num_envs is {args.num_envs}")
 
-        contract = session.contract
-        actor = Actor(session.obs_shape, contract.n_actions).to(device)
+        actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).  The learning
         # rate is set in every update.
         optimizer = Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
-        run.begin(actor, critic, optimizer, session, eval_session)
+        run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, checkpoint: see Housekeeping
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if not run.steps:  # row 0 of the log: how good is knowing nothing?
+        if not run.rows:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
-        episode_returns = torch.zeros(session.num_envs)  # of the episodes under way
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
-            sampled_returns = []  # of the episodes that end in this rollout
-            for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
-                episode_returns += rewards
-                sampled_returns += episode_returns[done].tolist()
-                episode_returns[done] = 0
 
             # Estimate advantages, and from them what the critic should have said.
             advantages = gae(
@@ -573,19 +566,17 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
-                if args.target_kl is not None:
-                    epoch_kl = torch.stack([info["approx_kl"] for info in infos[-args.num_minibatches :]]).mean()
-                    if epoch_kl > args.target_kl:
-                        break
+                if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
+                    break
 
             # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
             # (and training goes on if they do not confirm it), and after the last update.
-            run.complete_update(sampled_returns, explained_variance, infos)
+            run.complete_update(rollout, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
-                if run.greedy_return >= run.solved_return or run.update == args.updates:
+                if run.greedy_return >= run.solved_return:
                     run.evaluate_finally()
-        if run.final_returns is None:  # --resume found all updates done
+        if run.final_returns is None:  # the updates are used up
             run.evaluate_finally()
         run.finish()
     return run
@@ -621,24 +612,37 @@ class Adam(torch.optim.Adam):
 class Run:
     """The state of a training run outside the networks: counters, history, and the files that it leaves.
 
-    Attributes: ``update`` (completed updates), ``env_steps``, ``history`` (a list for each of SERIES), ``steps`` (the
-    update number of each row), ``final_returns`` (FINAL_EPISODES,) or None, ``solved``, ``transitions_checked``.
+    Attributes: ``update`` (completed updates), ``env_steps``, ``history`` (a list for each of SERIES), ``rows`` (the
+    update number of each), ``final_returns`` (FINAL_EPISODES,) or None, ``solved``, ``transitions_checked``.
     """
 
-    def __init__(self, args: Args) -> None:
-        self.args = args
+    def __init__(
+        self, args: Args, actor: nn.Module, critic: nn.Module, optimizer: Adam, *sessions: CheckedSession
+    ) -> None:
+        """A new run; with ``args.resume``, where the checkpoint was."""
+        self.args, self.actor, self.critic, self.optimizer, self.sessions = args, actor, critic, optimizer, sessions
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
-        self.steps: list[int] = []
+        self.rows: list[int] = []
         self.history: dict[str, list[float]] = {name: [] for name in SERIES}
         self.final_returns: np.ndarray | None = None
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
         self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes, and in final evaluations
-        self.sampled_returns: list[float] = []  # this and the following: of completed updates since the last row
-        self.infos: list[dict[str, float]] = []
-        self.last_line = 0.0
+        self.episode_returns = torch.zeros(args.num_envs)  # so far, of the training episodes under way
+        self.recent: dict[str, list[float]] = {name: [] for name in SERIES}  # of completed updates since the last row
+        if args.resume:
+            try:
+                self.restore(load_checkpoint(args.checkpoint))
+            except BadInput:
+                raise
+            except Exception as error:  # a damaged file can raise anything
+                raise BadInput(f"{args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}") from None
+        self.snapshot = self.state()
+        self.start_clock()
+        resumed = f", after update {self.update}" if args.resume else ""
+        print(f"{self.title}{resumed}: starting {args.num_envs} environments", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -671,26 +675,6 @@ class Run:
         number = ("training", "evaluation", "final evaluation").index(purpose)
         return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0] >> 1)
 
-    def begin(
-        self, actor: nn.Module, critic: nn.Module, optimizer: torch.optim.Optimizer, *sessions: CheckedSession
-    ) -> None:
-        """Take note of what is to be saved; with --resume, go back to where the checkpoint was."""
-        self.actor, self.critic, self.optimizer, self.sessions = actor, critic, optimizer, sessions
-        check_writable(self.args)
-        if self.args.resume:
-            try:
-                self.restore(load_checkpoint(self.args.checkpoint))
-            except BadInput:
-                raise
-            except Exception as error:  # a damaged file can raise anything
-                raise BadInput(
-                    f"{self.args.checkpoint} does not fit {Path(__file__).name}: {one_line(error)}"
-                ) from None
-        self.snapshot = self.state()
-        self.start_clock()
-        resumed = f", after update {self.update}" if self.args.resume else ""
-        print(f"{self.title}{resumed}: starting {self.args.num_envs} environments", flush=True)
-
     def start_clock(self) -> None:
         """Speed is counted from here."""
         self.began, self.began_steps = time.perf_counter(), self.env_steps
@@ -702,7 +686,7 @@ class Run:
             raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id!r}, not of {self.args.env_id}")
         form: dict[str, Any] = {"update": 0, "env_steps": 0, "transitions_checked": 0, "seconds": 0.0, "steps": [0]}
         form |= {"actor": cloned(self.actor.state_dict()), "critic": cloned(self.critic.state_dict())}
-        form |= {"history": {name: [0.0] for name in SERIES}}
+        form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
             check_form(name, state[name], example)
         moments = state["optimizer"]["state"]  # none yet before the first update
@@ -724,7 +708,7 @@ class Run:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
-        self.update, self.env_steps, self.steps, self.history = (
+        self.update, self.env_steps, self.rows, self.history = (
             state[name] for name in ("update", "env_steps", "steps", "history")
         )
         self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
@@ -748,31 +732,34 @@ class Run:
     def weights(self) -> list[nn.Parameter]:
         return [*self.actor.parameters(), *self.critic.parameters()]
 
-    def check_weights(self) -> None:
-        if not all(bool(weights.isfinite().all()) for weights in self.weights()):
-            raise FloatingPointError("weights are no longer finite numbers: a lower --learning-rate may help")
-
     def complete_update(
-        self, sampled_returns: list[float], explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
+        self, rollout: Rollout, explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
         """Take in what an update brought.  From here on, whatever happens, it is kept.
 
         Raises FloatingPointError if the update has ruined the weights; then the last one is what is kept.
         """
-        self.check_weights()
+        if not all(bool(weights.isfinite().all()) for weights in self.weights()):
+            raise FloatingPointError(
+                "weights are no longer finite: a lower --learning-rate, or smaller rewards, may help"
+            )
         with uninterrupted():
             self.update += 1
-            self.env_steps += self.args.num_steps * self.sessions[0].num_envs
+            self.env_steps += self.args.num_steps * self.args.num_envs
             self.final_returns = None  # those of an earlier policy
-            self.sampled_returns += sampled_returns
-            self.infos.append({name: float(torch.stack([info[name] for info in infos]).mean()) for name in infos[0]})
-            self.infos[-1]["explained_variance"] = float(explained_variance)
+            for rewards, done in zip(rollout.rewards.cpu(), rollout.done.cpu(), strict=True):
+                self.episode_returns += rewards
+                self.recent["sampled_return"] += self.episode_returns[done].tolist()
+                self.episode_returns[done] = 0
+            for name in infos[0].keys() & SERIES.keys():
+                self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
+            self.recent["explained_variance"].append(float(explained_variance))
             self.snapshot = self.state()
-        if sys.stdout.isatty() and time.perf_counter() - self.last_line > 0.1:
+        if sys.stdout.isatty():
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        if not self.steps and self.args.checkpoint.exists():  # an older run's: it may have taken long to learn
+        if not self.rows and self.args.checkpoint.exists():  # an older run's: it may have taken long to learn
             self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
         with uninterrupted():
             self.add_row(float(returns.mean()))
@@ -787,19 +774,18 @@ class Run:
                 seed = self.episode_seed("final evaluation")
                 self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
                 self.checked_before += session.transitions_checked
-        except (BridgeError, ContractViolation) as error:
+        except SessionFailure as error:
             error.stage = f"final evaluation, {error.stage}"
             raise
 
     def add_row(self, greedy_return: float) -> None:
         """A row of the log: the greedy return now, and means of what happened since the row before."""
-        sampled = float(np.mean(self.sampled_returns)) if self.sampled_returns else math.nan
-        row = {"avg_return": greedy_return, "sampled_return": sampled, "env_steps": self.env_steps}
+        row = {name: float(np.mean(values)) if values else math.nan for name, values in self.recent.items()}
+        row |= {"avg_return": greedy_return, "env_steps": self.env_steps}
         for name, values in self.history.items():
-            seen = [info[name] for info in self.infos if name in info]
-            values.append(row[name] if name in row else float(np.mean(seen)) if seen else math.nan)
-        self.steps.append(self.update)
-        self.sampled_returns, self.infos = [], []
+            values.append(row[name])
+        self.rows.append(self.update)
+        self.recent = {name: [] for name in SERIES}
 
     @contextlib.contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -808,13 +794,14 @@ class Run:
             yield
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
-            if self.steps:
+            if self.rows:
                 with uninterrupted():
-                    if self.steps[-1] < self.update:
+                    if self.rows[-1] < self.update:
                         self.add_row(math.nan)  # there was no evaluation
                     self.save()
                     with contextlib.suppress(OSError):  # nobody may be reading any more
-                        self.end_line()
+                        if sys.stdout.isatty():
+                            print()
                         print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
             raise
 
@@ -823,7 +810,7 @@ class Run:
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
         spent = {"transitions_checked": self.transitions_checked, "seconds": self.seconds}  # in evaluations, too
-        shown = {"steps": self.steps, "history": self.history, "final_returns": final_returns}
+        shown = {"steps": self.rows, "history": self.history, "final_returns": final_returns}
         torch.save({**self.snapshot, **spent, **shown}, buffer)
         replace_file(self.args.checkpoint, buffer.getvalue())
         replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
@@ -842,7 +829,7 @@ class Run:
         notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.speed:.0f}"}
         return {
             "title": self.title,
-            "steps": self.steps,
+            "steps": self.rows,
             "series": [
                 {"name": name, "values": [json_number(value) for value in self.history[name]], "color": color}
                 for name, color in SERIES.items()
@@ -852,10 +839,9 @@ class Run:
 
     def print_line(self) -> None:
         """Where the run stands."""
-        self.last_line = time.perf_counter()
-        left = (self.args.updates - self.update) * self.args.num_steps * self.sessions[0].num_envs / self.speed
-        latest = self.infos[-1] if self.infos else {name: values[-1] for name, values in self.history.items()}
-        sampled = np.mean(self.sampled_returns) if self.sampled_returns else self.history["sampled_return"][-1]
+        left = (self.args.updates - self.update) * self.args.num_steps * self.args.num_envs / self.speed
+        latest = {name: (values or self.history[name])[-1] for name, values in self.recent.items()}
+        sampled = np.mean(self.recent["sampled_return"] or self.history["sampled_return"][-1:])
         parts = [
             f"update {self.update}/{self.args.updates}",
             f"{self.env_steps:,} steps",
@@ -878,33 +864,29 @@ class Run:
         else:
             print(line, flush=True)
 
-    def end_line(self) -> None:
-        if sys.stdout.isatty():
-            print()
-
     def finish(self) -> None:
         """The last line: solved or not, over FINAL_EPISODES fresh episodes, at what cost, and where to find it."""
         assert self.final_returns is not None
         self.save()
         if sys.stdout.isatty():
             self.print_line()
-        self.end_line()
+            print()
         verdict = "solved" if self.solved else "not solved" if self.solved_return < math.inf else "finished"
         mean, std, episodes = self.final_returns.mean(), self.final_returns.std(), len(self.final_returns)
         print(
             f"{verdict}: {self.args.env_id}, greedy return {mean:.1f} ± {std:.1f} over {episodes} fresh episodes after "
             f"{self.env_steps:,} environment steps and {self.seconds:.1f} s, {self.transitions_checked:,} transitions "
-            f"checked; see {self.files}"
+            f"checked; see {self.files}",
+            flush=True,
         )
 
 
 def check_form(name: str, stored: Any, example: Any) -> None:
     """Raises ValueError unless ``stored`` is built like ``example``: types, keys, shapes; lists of any length."""
-    if isinstance(example, float):
-        good = type(stored) in (int, float) and (abs(stored) < 1e300 or stored != stored or abs(stored) == math.inf)
-    else:
-        good = type(stored) is type(example)
-    if good and isinstance(example, torch.Tensor):  # Adam's kernel would trust any shape, and reads as if contiguous
+    good = type(stored) is type(example)
+    if isinstance(example, float):  # an integer will do, but not one of 400 digits
+        good = type(stored) in (int, float) and not 1e300 <= abs(stored) < math.inf
+    elif good and isinstance(example, torch.Tensor):  # Adam's kernel would trust any shape, and reads as if contiguous
         good = (stored.dtype, stored.shape) == (example.dtype, example.shape) and stored.is_contiguous()
         good = good and bool(stored.isfinite().all())
     elif good and isinstance(example, dict):
@@ -925,8 +907,6 @@ def cloned(tree: Any) -> Any:
     """A state dict with tensors of its own (copy.deepcopy does the same, ten times slower)."""
     if isinstance(tree, dict):
         return {key: cloned(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [cloned(value) for value in tree]
     return tree.clone() if isinstance(tree, torch.Tensor) else tree
 
 
@@ -988,14 +968,11 @@ def stored_args(args: Args) -> Args:
     """
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
-        for field in fields(Args):
-            if field.name in ("log", "checkpoint", "server_command", "resume", "watch"):
-                stored[field.name] = getattr(args, field.name)
-                continue
-            kinds = str(field.type).replace("None", "NoneType").split(" | ")  # annotations are text in this file
-            kinds += ["int"] if "float" in kinds else []
-            if type(stored[field.name]).__name__ not in kinds:
-                raise TypeError(f"{field.name} is {stored[field.name]!r}")
+        for name, kind in get_type_hints(Args).items():
+            if name in ("log", "checkpoint", "server_command", "resume", "watch"):
+                stored[name] = getattr(args, name)
+            elif not isinstance(stored[name], kind | int if isinstance(0.0, kind) else kind):  # 1 will do for 1.0
+                raise TypeError(f"{name} is {stored[name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
             raise BadInput(
                 f"{args.checkpoint}: to run the module of its environment, say --env-id {stored['env_id']!r}"
@@ -1091,7 +1068,7 @@ def main() -> None:
         args = tyro.cli(Args)
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
-        if args.cuda and not torch.cuda.is_available():
+        if args.cuda and not args.watch and not torch.cuda.is_available():
             raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         if args.watch:
             watch(args)
@@ -1106,7 +1083,7 @@ def main() -> None:
         stop(error, 1)
     except OSError as error:  # the disk is full, or nobody reads the output any more
         stop(f"{type(error).__name__}: {error}", 1)
-    except (BridgeError, ContractViolation) as error:
+    except SessionFailure as error:
         stop(error, 2 if error.stage == "start" or args.watch else 1)
 
 

@@ -2057,7 +2057,7 @@ def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 ppo.train(tyro.cli(ppo.Args, args=[*SHORT, *flags]))
             assert read_log()["steps"] == [0]
-    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume"])).steps == [0, 2, 4]
+    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume"])).rows == [0, 2, 4]
 
 
 def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
@@ -2159,6 +2159,8 @@ def damage(state, name):
         state["history"]["entropy"] = tuple(state["history"]["entropy"])
     elif name == "endless number":
         state["history"]["entropy"][0] = 10**400
+    elif name == "no number of steps":
+        state["history"]["env_steps"][-1] = math.nan
     elif name == "rows of the future":
         state["steps"][-1] = 99
     elif name == "weights of another shape":
@@ -2186,6 +2188,7 @@ def damage(state, name):
         "weights of another dtype",
         "history that is no list",
         "endless number",
+        "no number of steps",
         "rows of the future",
         "short history",
         "no arguments",
@@ -2207,9 +2210,7 @@ def begin_from(checkpoint):
     """What --resume does before it plays."""
     args = ppo.stored_args(ppo.Args(resume=True, checkpoint=Path(checkpoint)))
     actor, critic = networks()
-    run = ppo.Run(args)
-    run.begin(actor, critic, ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True))
-    return run
+    return ppo.Run(args, actor, critic, ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True))
 
 
 def same(one, other):
@@ -2312,7 +2313,7 @@ def test_a_strangers_checkpoint_runs_no_command_and_names_no_file(short_run, fla
 def test_watch_plays_the_checkpoint(short_run):
     folder, _ = short_run
     flags = ["--watch", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--eval-episodes", "2"]
-    done = run_script(*flags, "--eval-max-steps", "5", SDL_VIDEODRIVER="dummy")
+    done = run_script(*flags, "--eval-max-steps", "5", "--cuda", SDL_VIDEODRIVER="dummy")  # as if trained on a GPU
     assert done.stdout.splitlines() == ["episode 1: return 5", "episode 2: return 5"], done.stderr
     Path("pygame.py").write_text("raise ImportError")  # as if it were not installed
     done = run_script(*flags, PYTHONPATH=os.getcwd())
@@ -2456,7 +2457,7 @@ def test_a_run_without_stdout():
 def test_weights_that_diverge_end_the_run_with_advice():
     done = run_script("--learning-rate", "1e30", *SHORT)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("a lower --learning-rate may help")
+    assert done.stderr.splitlines()[-1].endswith("a lower --learning-rate, or smaller rewards, may help")
     assert "Traceback" not in done.stderr
     assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] == 0
 
@@ -2471,9 +2472,10 @@ PERSON_ROWS = [
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
     ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
-    ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be three different files"),
-    ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be three different files"),
-    ("picture_over_log", ["--log", "curve.svg"], "must be three different files"),
+    ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be different files"),
+    ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be different files"),
+    ("log_over_older_checkpoint", ["--log", "one.old", "--checkpoint", "one"], "must be different files"),
+    ("picture_over_log", ["--log", "curve.svg"], "must be different files"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
     ("checkpoint_is_folder", ["--checkpoint", "."], "cannot write ."),
     ("no_cuda", ["--cuda"], "no CUDA device"),
