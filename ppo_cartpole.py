@@ -809,14 +809,15 @@ class Run:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
-        spent = {"transitions_checked": self.transitions_checked, "seconds": self.seconds}  # in evaluations, too
+        seconds = self.seconds
+        spent = {"transitions_checked": self.transitions_checked, "seconds": seconds}  # in evaluations, too
         shown = {"steps": self.rows, "history": self.history, "final_returns": final_returns}
         torch.save({**self.snapshot, **spent, **shown}, buffer)
         replace_file(self.args.checkpoint, buffer.getvalue())
-        replace_file(self.args.log, json.dumps(self.train_log(), indent=1).encode())
+        replace_file(self.args.log, json.dumps(self.train_log(seconds), indent=1).encode())
         replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
 
-    def train_log(self) -> dict[str, Any]:
+    def train_log(self, seconds: float) -> dict[str, Any]:
         """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
         notes = asdict(self.args)
         versions = {"torch": torch.__version__, **self.sessions[0].versions}
@@ -826,7 +827,7 @@ class Run:
         if self.final_returns is not None:
             notes |= {"solved": self.solved, "final_return_mean": self.final_returns.mean()}
             notes |= {"final_return_std": self.final_returns.std()}
-        notes |= {"wall_seconds": f"{self.seconds:.2f}", "steps_per_second": f"{self.speed:.0f}"}
+        notes |= {"wall_seconds": f"{seconds:.2f}", "steps_per_second": f"{self.speed:.0f}"}
         return {
             "title": self.title,
             "steps": self.rows,

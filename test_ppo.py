@@ -993,7 +993,7 @@ def test_ctrl_z_for_longer_than_the_deadline(workplace):
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 case = "__import__('time').sleep(0.5)"
-with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=5) as session:
+with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=10) as session:
     session.reset(0)
     session.step([0, 0, 0])
     print("now", flush=True)
@@ -1004,7 +1004,7 @@ print("through")
     assert trainer.stdout.readline() == "now\n"
     time.sleep(0.1)
     trainer.send_signal(signal.SIGSTOP)
-    time.sleep(5.5)
+    time.sleep(10.5)
     trainer.send_signal(signal.SIGCONT)
     assert trainer.communicate(timeout=20)[0] == "through\n"
 
@@ -2034,7 +2034,7 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     (seconds,) = (float(note.split("=")[1]) for note in read_log("half.json")["notes"] if "wall_seconds" in note)
     run = ppo.train(tyro.cli(ppo.Args, args=[*half_way, "--resume"]))  # takes all of it up, and has nothing left to do
     assert run.transitions_checked == checked  # of the evaluations, too
-    assert run.seconds_before == pytest.approx(seconds, abs=0.5)
+    assert run.seconds_before == pytest.approx(seconds, abs=0.006)  # two digits
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(weights[name], weight) for name, weight in run.actor.state_dict().items())
     done = run_script("--resume", "--updates", "4", *half)
@@ -2387,7 +2387,7 @@ SICK_ROWS = [
     ("nan", "obs[1] = np.nan", r"step 313, environment \d: contract rule obs_finite broken: .*got nan"),
     ("raises", "raise OverflowError('too much')", r"step 313, environment \d: .*OverflowError: too much.*sick.py"),
     ("killed", "os.kill(os.getpid(), 9)", r"step 313: the server hung up.*SIGKILL"),
-    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 5 s.*was running"),
+    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 15 s.*was running"),
     ("prints", "os.write(2, b'last words'); os._exit(7)", r"step 313: .*exit code 7.*last words"),
 ]
 
@@ -2402,7 +2402,7 @@ import sys; sys.path.insert(0, {str(HERE)!r})
 import ppo_cartpole as ppo
 if __name__ == "__main__":  # main() with a deadline of its own
     contract = ppo.Contract.from_env("sick:Sick-v0")
-    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout={5.0 if name == "hangs" else 60.0}))
+    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout={15.0 if name == "hangs" else 60.0}))
     ppo.main()
 """)
     flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
