@@ -65,7 +65,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import tyro
@@ -139,7 +139,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; would matter if the networks shared layers: clipping and Adam undo it"""
+    """weight of the critic's squared error; matters where networks share layers, here clipping and Adam undo it"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
@@ -249,11 +249,12 @@ EARLY: list[CheckedSession] = []  # for training and for evaluation, when main()
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
     early_args = tyro.cli(Args)
-    if not (early_args.resume or early_args.watch):
+    if not early_args.watch:
         try:
             check_writable(early_args)
-            EARLY.append(open_session(early_args, early_args.num_envs))
-            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
+            if not early_args.resume:
+                EARLY.append(open_session(early_args, early_args.num_envs))
+                EARLY.append(EARLY[0].twin(early_args.eval_episodes))
         except (BadInput, SessionFailure) as error:
             stop(error, 2)
 
@@ -571,12 +572,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     torch.set_num_threads(1)  # the other cores are the emulators'
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    check_writable(args)
     with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
             raise BadInput(f"the session has {session.num_envs} environments, num_envs is {args.num_envs}")
+        check_writable(args)
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
@@ -1051,9 +1052,10 @@ def stored_args(args: Args) -> Args:
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
         for name, kind in get_type_hints(Args).items():
+            kinds = get_args(kind) or (kind,)  # float | None has two; exact ones, since True is an instance of int
             if name in ("log", "checkpoint", "server_command", "resume", "watch"):
                 stored[name] = getattr(args, name)
-            elif not isinstance(stored[name], kind | int if isinstance(0.0, kind) else kind):  # 1 will do for 1.0
+            elif type(stored[name]) not in ((*kinds, int) if float in kinds else kinds):  # 1 will do for 1.0
                 raise TypeError(f"{name} is {stored[name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
             raise BadInput(

@@ -2171,6 +2171,8 @@ def damage(state, name):
         del state["args"]
     elif name == "argument of another type":
         state["args"]["num_envs"] = 8.0
+    elif name == "truth for a number":
+        state["args"]["seed"] = True
     elif name == "word for a number":
         state["update"] = "four"
     elif name == "another script":
@@ -2193,6 +2195,7 @@ def damage(state, name):
         "short history",
         "no arguments",
         "argument of another type",
+        "truth for a number",
         "word for a number",
         "another script",
     ],
@@ -2477,6 +2480,7 @@ PERSON_ROWS = [
     ("log_over_older_checkpoint", ["--log", "one.old", "--checkpoint", "one"], "must be different files"),
     ("picture_over_log", ["--log", "curve.svg"], "must be different files"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
+    ("resumed_log_nowhere", ["--resume", "--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
     ("checkpoint_is_folder", ["--checkpoint", "."], "cannot write ."),
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
