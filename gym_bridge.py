@@ -52,7 +52,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import IO, Any, NamedTuple, NoReturn
@@ -154,7 +154,8 @@ def _show(value: object) -> str:
 
 
 def _show_error(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip()  # even where an error cannot say what it is
+    text = "".join(traceback.format_exception_only(error)).strip()  # even where an error cannot say what it is
+    return text if len(text) <= 10_000 else text[:10_000] + "..."
 
 
 # ----------------------------------------------------------------------------------------------- contract, transition
@@ -184,7 +185,7 @@ class Contract:
     require_exclusive_done_flags: bool = False
 
     def __post_init__(self) -> None:
-        shape = tuple(self.obs_shape)
+        shape = tuple(self.obs_shape) if isinstance(self.obs_shape, Iterable) else ()
         if not 1 <= len(shape) <= 32 or not all(_is_int(size) and size > 0 for size in shape):
             raise ValueError(f"obs_shape must be 1 to 32 positive integers, not {_show(self.obs_shape)}")
         if not _is_int(self.n_actions) or not 1 <= self.n_actions <= MAX_ACTIONS:
@@ -192,8 +193,11 @@ class Contract:
         if type(self.obs_dtype) is not str or self.obs_dtype not in DTYPES:
             raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
         if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
-            raise ValueError(f"an observation of shape {shape} is larger than {MAX_OBS_BYTES >> 20} MiB")
-        object.__setattr__(self, "obs_shape", shape)  # how a frozen dataclass puts its fields into one form
+            raise ValueError(f"an observation of shape {_show(shape)} is larger than {MAX_OBS_BYTES >> 20} MiB")
+        object.__setattr__(
+            self, "obs_shape", tuple(map(int, shape))
+        )  # how a frozen dataclass puts fields into one form
+        object.__setattr__(self, "n_actions", int(self.n_actions))  # Gymnasium's Discrete(2).n is an np.int64
         if self.reward_range is not None:
             low, high = _limits("reward_range", self.reward_range, ())
             object.__setattr__(self, "reward_range", (low.item(), high.item()))
@@ -362,7 +366,7 @@ def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] |
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _tuples(nested: Any) -> Any:
@@ -374,7 +378,7 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
     """(low, high) as float64 arrays of ``shape``; without limits, infinities."""
     try:
         low, high = limits if limits is not None else (-np.inf, np.inf)
-        if isinstance(low, str) or isinstance(high, str):  # numpy would read a number in it
+        if any(np.asarray(bound).dtype.kind in "SU" for bound in (low, high)):  # numpy would read numbers in them
             raise TypeError
         arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
     except (TypeError, ValueError, OverflowError):
@@ -437,7 +441,7 @@ class CheckedSession(ABC):
             raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
         if append_action and len(contract.obs_shape) != 1:
             raise ValueError(f"append_action needs observations that are vectors, not {contract.obs_shape}")
-        self.num_envs, self.contract = num_envs, contract
+        self.num_envs, self.contract = int(num_envs), contract
         self.frame_stack, self.append_action = frame_stack, append_action
         self.transitions_checked = 0
         self.versions: dict[str, str] = {}
@@ -463,7 +467,7 @@ class CheckedSession(ABC):
     def reset(self, seed: int | None = None) -> Array:
         """Begin a new episode everywhere; environment i is seeded ``seed + i``.  Returns ``observation``."""
         with self._guarded("reset"):
-            if seed is not None and not (isinstance(seed, (int, np.integer)) and seed >= 0):
+            if seed is not None and not (_is_int(seed) and seed >= 0):
                 raise BridgeError(f"a seed is a non-negative integer or None, not {_show(seed)}")
             first = self._reset(None if seed is None else int(seed))
             self.contract._check_observations(first)
@@ -590,6 +594,8 @@ class GymnasiumSession(CheckedSession):
     ) -> None:
         if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
+        if isinstance(server_command, str):
+            raise ValueError(f"server_command must be a list of words (see shlex.split), not {server_command!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
@@ -929,7 +935,7 @@ def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] =
     if missing := required - reply.keys():
         raise BridgeError(f"the reply lacks {sorted(missing)}")
     if unknown := reply.keys() - required - set(optional):
-        raise BridgeError(f"the reply has unknown {sorted(unknown)}")
+        raise BridgeError(f"the reply has unknown {_show(sorted(unknown))}")
 
 
 def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
@@ -985,12 +991,13 @@ def _compare(declared: Contract, demanded: Contract) -> None:
         bounds = "any" if contract.obs_range is None else _show(contract.obs_range)
         return f"Box({contract.obs_shape}, {contract.obs_dtype}, range {bounds}), Discrete({contract.n_actions})"
 
-    same = all(getattr(declared, k) == getattr(demanded, k) for k in ("obs_shape", "obs_dtype", "n_actions"))
-    if same and demanded.obs_range is not None:
-        (low, high), (lowest, highest) = demanded._obs_range, declared._obs_range
-        same = bool((low >= lowest).all() and (high <= highest).all())
-    if not same:
+    if any(getattr(declared, k) != getattr(demanded, k) for k in ("obs_shape", "obs_dtype", "n_actions")):
         raise ContractViolation("declared_space", spaces(demanded), spaces(declared))
+    if demanded.obs_range is not None:
+        (low, high), (lowest, highest) = demanded._obs_range, declared._obs_range
+        for index in map(tuple, np.argwhere((low < lowest) | (high > highest))[:1].tolist()):
+            wider = f"observation{list(index)} in [{low[index]}, {high[index]}] or a wider range"
+            raise ContractViolation("declared_space", wider, f"[{lowest[index]}, {highest[index]}]")
 
 
 def _decode_reset(reply: dict[str, Any], envs: range, contract: Contract) -> Array:
@@ -1012,7 +1019,8 @@ def _decode_step(reply: dict[str, Any], envs: range, contract: Contract) -> _Bat
     reset_obs = {}
     for name, raw in reply["reset_obs"].items():
         if name not in names:
-            raise ContractViolation("reset_obs", f"environments 0 .. {len(envs) - 1}", _show(name))
+            expected = f"this server's environments, 0 .. {len(envs) - 1}"
+            raise ContractViolation("reset_obs", expected, _show(name))
         alone = raw if isinstance(raw, str) else [raw]
         reset_obs[names[name]] = _decode_observations(alone, [names[name]], contract)[0]
     return _Batch(next_obs, reward, terminated, truncated, reset_obs)
@@ -1055,8 +1063,9 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     try:
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
-        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
-            raise
+        asked = [f"'{env_id.partition(':')[0]}'", *(f"argument '{name}'" for name in make_kwargs)]
+        if not isinstance(error, gymnasium.error.Error) and not any(what in str(error) for what in asked):
+            raise  # a fault within: its traceback tells where
         raise BridgeError(f"cannot make {env_id}: {error}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
@@ -1121,7 +1130,7 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    cause = error.__cause__ or error
+    cause = error if error.__cause__ is None else error.__cause__
     if (error is cause and isinstance(error, BridgeError)) or type(cause).__name__ == "DependencyNotInstalled":
         return {"error": str(cause)}  # what cannot be done as asked; what to install
     reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else _show_error(error)}
@@ -1129,7 +1138,7 @@ def _error(error: Exception) -> dict[str, Any]:
         reply["env"] = error.env
     if isinstance(error, ContractViolation):
         return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
-    return {**reply, "traceback": "".join(traceback.format_exception(cause))}
+    return {**reply, "traceback": "".join(traceback.format_exception(cause))[:100_000]}  # a reply has its limit
 
 
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
@@ -1182,6 +1191,8 @@ def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
             fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
             fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
             fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(lifeline, fcntl.F_GETFL))
+            if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel was asked to watch it
+                os.killpg(0, signal.SIGKILL)
     threading.Thread(target=_watch, args=(wire_in,), daemon=True).start()
 
 

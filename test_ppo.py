@@ -119,7 +119,12 @@ class Unlike(Odd):
             self.action_space = Discrete(5)
 
 
-for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions", "Unlike":
+class Unfinished(Odd):
+    def __init__(self, fault):
+        exec(fault)
+
+
+for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions", "Unlike", "Unfinished":
     if f"{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"{name}-v0", f"odd_envs:{name}")
 '''
@@ -288,6 +293,16 @@ def test_a_contract_does_not_change_with_what_it_was_made_of():
     assert contract.reward_range == (0, 1)
 
 
+def test_numpy_integers_are_integers():
+    """Such as ``env.action_space.n``."""
+    contract = Contract((np.int64(4),), np.int64(2))
+    assert contract == CARTPOLE
+    with GymnasiumSession("CartPole-v1", contract, np.int64(2), np.int64(2)) as session:
+        session.reset(np.int64(1))
+        session.step([0, 1])
+        assert json.dumps([contract.obs_shape, contract.n_actions, session.transitions_checked]) == "[[4], 2, 2]"
+
+
 def test_an_environment_twice_is_refused():
     """Each would step and reset the other."""
     module = importlib.import_module("odd_envs")
@@ -371,6 +386,7 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
     "wrong",
     [
         {"obs_shape": ()},
+        {"obs_shape": 4},
         {"obs_shape": (0,)},
         {"obs_shape": (-3,)},
         {"obs_shape": (10**9,)},
@@ -392,6 +408,7 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_range": (0, 1e39), "check_obs_finite": False},
         {"obs_range": (70000, 80000), "obs_dtype": "float16"},
         {"obs_range": 5},
+        {"obs_range": (["0", "0"], ["1", "1"])},
         {"reward_range": (1, 0)},
         {"reward_range": (0, 1, 2)},
         {"reward_range": ("0", "1")},
@@ -443,6 +460,12 @@ def test_the_readme_counts_and_compares_the_files_as_they_are():
     scripts = ["ppo_cartpole.py", "ppo_pong_ram.py"]
     shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
     assert shown == subprocess.run(["diff", *scripts], cwd=HERE, capture_output=True, text=True).stdout
+
+
+def test_the_error_names_the_number_that_is_not_declared_as_demanded():
+    expected = r"expected observation\[1\] in \[-2\.0, 1\.0\] or a wider range, got \[-1\.0, 1\.0\]"
+    with pytest.raises(ContractViolation, match=expected):
+        GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2, obs_range=([-1, -2], 1)))
 
 
 def test_from_env_is_the_contract_that_the_spaces_declare():
@@ -911,6 +934,11 @@ def test_a_command_that_cannot_be_run(command):
         )
 
 
+def test_a_command_is_a_list_of_words():
+    with pytest.raises(ValueError, match="server_command must be a list"):
+        GymnasiumSession("CartPole-v1", CARTPOLE, server_command="python gym_bridge.py")
+
+
 def test_on_windows_the_message_names_wsl(monkeypatch):
     monkeypatch.setattr(os, "name", "nt")
     with pytest.raises(BridgeError, match="WSL"):
@@ -931,16 +959,33 @@ print("through")
     assert done.stdout == "through\n"
 
 
-def test_an_environment_that_raises_shows_its_own_traceback():
-    kwargs = {"case": "1 / 0"}
-    session = GymnasiumSession("odd_envs:Odd-v0", ODD, 3, 2, kwargs)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise ValueError('x' * 3_000_000)", "ValueError: xxx"),  # more than a reply may hold
+        (
+            "raise type('Empty', (Exception,), {'__len__': lambda self: 0, '__module__': ''})",
+            "Empty",
+        ),  # an exception that is False
+    ],
+)
+def test_an_environment_that_raises_shows_its_own_traceback(fault, message):
+    session = GymnasiumSession("odd_envs:Odd-v0", ODD, 3, 2, {"case": fault})
     session.reset(0)
     session.step([0, 0, 0])
-    with pytest.raises(BridgeError, match=r"(?s)step 2, environment 1: .*ZeroDivisionError.*odd_envs\.py") as caught:
+    with pytest.raises(BridgeError, match=rf"(?s)step 2, environment 1: .*{message}.*odd_envs\.py") as caught:
         session.step([0, 0, 0])
     for server in session._servers:
         assert_gone(server.process.pid)
     assert "server pid" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["import no_such_dependency", "Box(-1, 1, shapes=(2,))"])
+def test_a_fault_in_an_environments_constructor_shows_its_traceback(fault):
+    """What is no fault of the id or of make_kwargs is not said to be theirs."""
+    with pytest.raises(BridgeError, match=r"(?s)start: .*odd_envs\.py.*exec\(fault\)"):
+        GymnasiumSession("odd_envs:Unfinished-v0", ODD, make_kwargs={"fault": fault})
 
 
 def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
@@ -1066,8 +1111,9 @@ while True: session.step([0, 0])
     trainer.stdout.close()
 
 
-def test_a_session_that_is_dropped_takes_its_servers_along():
-    session = GymnasiumSession("CartPole-v1", CARTPOLE, 2, 2)
+@pytest.mark.parametrize("wait", [True, False], ids=["ready", "starting"])
+def test_a_session_that_is_dropped_takes_its_servers_along(wait):
+    session = GymnasiumSession("CartPole-v1", CARTPOLE, 2, 2, wait=wait)
     pids = [server.process.pid for server in session._servers]
     del session
     gc.collect()
