@@ -6,16 +6,19 @@
 A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands.  An
 episode ends when the pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).
 Solved is a mean return of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL
-around 0.01 and an entropy that falls from 0.69 (= ln 2, undecided) without reaching 0.
+(how far an update moves the policy) around 0.01 and an entropy that falls from 0.69 (= ln 2, undecided) without
+reaching 0.
 
 PPO repeats three things; train(), below, is the loop.
-  - Collect a rollout: the actor (the policy) plays T steps in N environments, and samples its actions.
-  - Judge: the critic predicts the return from each state; gae() makes advantages of rewards and predictions, that is,
-    how much better each action turned out than predicted.
-  - Learn, in several passes: ppo_loss() makes actions of positive advantage likelier and others less likely, and lets
-    go of each once its probability has moved that way by a fifth; the critic learns better predictions.
-The return of an episode is the sum of its rewards.  What the critic predicts is discounted: a reward k steps ahead
-counts gamma^k.  Now and then the greedy policy, which always takes the most probable action, is evaluated on its own.
+  - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
+  - Judge: for each state the critic predicts the discounted return, the sum of the rewards to come, where one k steps
+    ahead counts gamma^k.  gae() makes advantages of rewards and predictions: how much better each action turned out
+    than predicted.
+  - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
+    others less likely, and stops pushing once a probability has changed by a fifth that way; the critic learns to
+    predict better.
+Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
+the most probable action, is evaluated on its own.
 
 The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
@@ -80,8 +83,8 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
-MAX_INPUTS = 10_000  # numbers in an observation: a fully connected layer is lost on more
-FINAL_EPISODES = 100  # fresh ones, behind the verdict at the end
+MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
+FINAL_EPISODES = 100  # fresh ones, which decide whether it is solved
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,11 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; matters where networks share layers, here clipping and Adam undo it"""
+    """weight of the critic's squared error; matters where networks share layers; clipping and Adam all but undo it"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
-    """end an update's epochs early once the approximate KL divergence is above this"""
+    """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
     """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
@@ -249,7 +252,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal layer neither blows up nor swallows what passes through it when learning begins.
+    An orthogonal matrix changes the length of what passes through it by its gain alone, so that neither signals nor
+    gradients explode or vanish when learning begins; sqrt(2) makes up for part of what the activation takes away.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -337,8 +341,9 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
 
-    # The networks see the rollout once more, in one piece.  That is cheaper than a critic at every step.  And log pi is
-    # computed as in the loss, since a batch of N may round differently: at the first minibatch the ratio is 1.
+    # The networks see the rollout once more, in one piece: for the critic, that is cheaper than at every step, and the
+    # actor's batches of N may have been rounded differently from those of the loss, whose ratio is to begin at 1.
+    # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -383,6 +388,7 @@ def gae(
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
+    # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = 1.0 - terminated.to(values.dtype)
     not_done = 1.0 - (terminated | truncated).to(values.dtype)
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
@@ -390,10 +396,10 @@ def gae(
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
     # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
     advantages = torch.zeros_like(deltas)
-    next_advantage = torch.zeros_like(deltas[0])  # (N,)
+    advantage = torch.zeros_like(deltas[0])  # (N,)
     for t in reversed(range(len(deltas))):
-        next_advantage = deltas[t] + gamma * gae_lambda * not_done[t] * next_advantage
-        advantages[t] = next_advantage
+        advantage = deltas[t] + gamma * gae_lambda * not_done[t] * advantage  # A_{t+1} on the right, A_t on the left
+        advantages[t] = advantage
     return advantages
 
 
@@ -430,8 +436,9 @@ def ppo_loss(
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
-    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7), so that the entropy bonus and
-    # the clipping of the actor's gradient mean the same whatever the scale of the rewards.
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  The division lets the
+    # entropy bonus and the clipping of the actor's gradient mean the same whatever the scale of the rewards; the
+    # subtraction makes "good" (A_t > 0, below) mean better than the minibatch's average.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -510,9 +517,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # Adam is torch's; this eps holds weights back whose gradient is next to nothing ([3], detail 3).  The learning
-        # rate is set in every update.
-        optimizer = Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
+        # torch.optim.Adam, which takes less time to import this way (see Housekeeping).  With an eps of 1e-5 weights
+        # whose gradient is next to nothing hardly move ([3], detail 3).
+        optimizer = Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5, fused=True)
         run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, checkpoint: see Housekeeping
         resources.enter_context(run.saved_on_failure())
 
@@ -561,8 +568,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     )
                     optimizer.zero_grad()
                     loss.backward()
-                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  Together, the
-                    # critic's, in units of squared returns, would set by how much the actor's is scaled down.
+                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
+                    # critic's, which grows with the returns, would decide how far the actor's is scaled down.
                     for network in (actor, critic):
                         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
@@ -752,7 +759,7 @@ class Run:
                 self.episode_returns += rewards
                 self.recent["sampled_return"] += self.episode_returns[done].tolist()
                 self.episode_returns[done] = 0
-            for name in infos[0].keys() & SERIES.keys():
+            for name in infos[0]:
                 self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
             self.recent["explained_variance"].append(float(explained_variance))
             self.snapshot = self.state()
