@@ -519,7 +519,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         # torch.optim.Adam, which takes less time to import this way (see Housekeeping).  With an eps of 1e-5 weights
         # whose gradient is next to nothing hardly move ([3], detail 3).
-        optimizer = Adam([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5, fused=True)
+        groups = [{"params": network.parameters()} for network in (actor, critic)]
+        optimizer = Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
         run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, checkpoint: see Housekeeping
         resources.enter_context(run.saved_on_failure())
 
@@ -548,7 +549,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
@@ -570,8 +572,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
                     # critic's, which grows with the returns, would decide how far the actor's is scaled down.
-                    for network in (actor, critic):
-                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    for group in optimizer.param_groups:
+                        nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch

@@ -588,10 +588,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         # torch.optim.Adam, which takes less time to import this way (see Housekeeping).  With an eps of 1e-5 weights
-        # whose gradient is next to nothing hardly move ([3], detail 3).  Differs from [3]: each network has a learning
-        # rate of its own, set in every update.
-        rates = (args.learning_rate, args.critic_learning_rate)
-        optimizer = Adam([{"params": actor.parameters()}, {"params": critic.parameters()}], eps=1e-5, fused=True)
+        # whose gradient is next to nothing hardly move ([3], detail 3).
+        groups = [{"params": network.parameters()} for network in (actor, critic)]
+        optimizer = Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
+        rates = (args.learning_rate, args.critic_learning_rate)  # differs from [3]: each network has one of its own
         run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, checkpoint: see Housekeeping
         resources.enter_context(run.saved_on_failure())
 
@@ -647,8 +647,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
                     # critic's, which grows with the returns, would decide how far the actor's is scaled down.
-                    for network in (actor, critic):
-                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    for group in optimizer.param_groups:
+                        nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
