@@ -24,8 +24,9 @@ Failure.  A reply is either exactly right, or it is an error: ``ContractViolatio
 retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
 
 The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
-bounded wait.  A server holds one end of a pipe, the lifeline, that nothing is ever written to: when the trainer
-disappears, in whatever way, Linux kills the server's process group; elsewhere it sees end of file and leaves.
+bounded wait.  The trainer holds the writing end of a pipe, the lifeline, each server the reading end, and nothing is
+ever written to it.  When the trainer disappears, in whatever way, it closes, and Linux kills the server's process
+group; elsewhere the server sees that its stdin was hung up, and leaves.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
@@ -53,7 +54,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import quote, unquote
@@ -79,6 +80,7 @@ REQUESTS = {
     "step": {"id", "cmd", "actions", "encoding"},
     "close": {"id", "cmd"},
 }
+NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exact types; built once, compared each step
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
@@ -194,9 +196,8 @@ class Contract:
             raise ValueError(f"obs_dtype must be one of {', '.join(DTYPES)}, not {_show(self.obs_dtype)}")
         if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {_show(shape)} is larger than {MAX_OBS_BYTES >> 20} MiB")
-        object.__setattr__(
-            self, "obs_shape", tuple(map(int, shape))
-        )  # how a frozen dataclass puts fields into one form
+        # How a frozen dataclass puts fields into one form.
+        object.__setattr__(self, "obs_shape", tuple(map(int, shape)))
         object.__setattr__(self, "n_actions", int(self.n_actions))  # Gymnasium's Discrete(2).n is an np.int64
         if self.reward_range is not None:
             low, high = _limits("reward_range", self.reward_range, ())
@@ -226,7 +227,7 @@ class Contract:
         low, high = np.array([lows, highs], self._dtype).reshape(2, *self.obs_shape)
         return low, high
 
-    # What the two comparisons of each check are made with; None where there is nothing to check.  Range and finiteness
+    # The bounds that _outside compares with; None where there is nothing to check.  Range and finiteness
     # are one question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN
     # fails every comparison (hence >= and <= below, never < and >).
 
@@ -242,12 +243,16 @@ class Contract:
         return None if everything else (low, high)
 
     @cached_property
-    def _reward_bounds(self) -> tuple[float, float] | None:
+    def _reward_bounds(self) -> tuple[Array, Array] | None:
         if not self.check_reward_finite and self.reward_range is None:
             return None
         low, high = self.reward_range or (-math.inf, math.inf)
         most = FINITE if self.check_reward_finite else math.inf
-        return max(float(low), -most), min(float(high), most)
+        return np.array(max(low, -most)), np.array(min(high, most))
+
+    @cached_property
+    def _action_bounds(self) -> tuple[Array, Array]:
+        return np.array(0), np.array(self.n_actions - 1)
 
     @classmethod
     def from_env(
@@ -268,11 +273,12 @@ class Contract:
 
     # Exact types: these turn what an environment returned, or what JSON brought, into arrays, or refuse it.
 
-    def _observation(self, raw: object, env: int) -> Array:
-        """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with ``raw``."""
-        array: Any = self._from_list(raw, env) if type(raw) in (list, tuple) else raw
+    def _observation(self, array: Any, env: int) -> Array:
+        """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with what came."""
+        if type(array) in LISTS:
+            return self._from_list(array, env)
         if type(array) is not np.ndarray:  # nor a subclass: a masked array or a matrix has ideas of its own
-            raise ContractViolation("obs_type", "an array of numbers", _show(raw), env)
+            raise ContractViolation("obs_type", "an array of numbers", _show(array), env)
         if array.shape != self.obs_shape:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
         if array.dtype == self._dtype:
@@ -284,7 +290,7 @@ class Contract:
             cast = array.astype(self._dtype)
         fits = (np.isfinite(cast) | ~np.isfinite(array)) if self._dtype.kind == "f" else cast == array
         if not fits.all():
-            index = tuple(np.argwhere(~fits)[0].tolist())
+            index = _first_true(~fits)
             raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", str(array[index]), env)
         return cast
 
@@ -313,9 +319,9 @@ class Contract:
     @staticmethod
     def _outcome(reward: Any, terminated: Any, truncated: Any, env: int) -> tuple[float, bool, bool]:
         """Reward and flags of one environment."""
-        if type(reward) not in (float, int) and not (isinstance(reward, np.generic) and reward.dtype.kind in "fiu"):
+        if type(reward) not in NUMBERS and not (isinstance(reward, np.generic) and reward.dtype.kind in "fiu"):
             raise ContractViolation("reward_type", "a number", _show(reward), env)
-        if type(terminated) not in (bool, np.bool_) or type(truncated) not in (bool, np.bool_):
+        if type(terminated) not in BOOLEANS or type(truncated) not in BOOLEANS:
             flags = _show((terminated, truncated))
             raise ContractViolation("done_type", "booleans for terminated and truncated", flags, env)
         try:
@@ -345,14 +351,14 @@ class Contract:
     def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
         listed = actions if isinstance(actions, (list, tuple)) else ()
-        if any(isinstance(action, bool) or not isinstance(action, (int, np.integer)) for action in listed):
+        if not all(map(_is_int, listed)):
             raise ContractViolation("action_type", "integers", _show(actions))
         actions = np.asarray(actions)
         if actions.shape != (num_envs,):
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
             raise ContractViolation("action_type", "integers", str(actions.dtype))
-        if index := _outside(actions, (0, self.n_actions - 1)):
+        if index := _outside(actions, self._action_bounds):
             raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[index]), index[0])
         return np.array(actions, np.int64)
 
@@ -362,7 +368,11 @@ def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] |
     if bounds is None:
         return None
     good = (values >= bounds[0]) & (values <= bounds[1])
-    return None if np.count_nonzero(good) == good.size else tuple(np.argwhere(~good)[0].tolist())
+    return None if np.count_nonzero(good) == good.size else _first_true(~good)
+
+
+def _first_true(mask: Array) -> tuple[int, ...]:
+    return tuple(np.argwhere(mask)[0].tolist())
 
 
 def _is_int(value: object) -> bool:
@@ -380,14 +390,14 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
         low, high = limits if limits is not None else (-np.inf, np.inf)
         if any(np.asarray(bound).dtype.kind in "SU" for bound in (low, high)):  # numpy would read numbers in them
             raise TypeError
-        arrays = tuple(np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
+        low, high = (np.broadcast_to(np.asarray(bound, np.float64), shape) for bound in (low, high))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a pair of numbers of shape {shape}, not {_show(limits)}") from None
-    if not ((arrays[0] <= arrays[1]) & (arrays[0] < np.inf) & (arrays[1] > -np.inf)).all():
+    if not ((low <= high) & (low < np.inf) & (high > -np.inf)).all():
         raise ValueError(
             f"{name} must have low <= high, no infinite low and no minus infinite high, not {_show(limits)}"
         )
-    return arrays[0], arrays[1]
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -501,7 +511,7 @@ class CheckedSession(ABC):
                 next_obs = np.concatenate([self._observation[:, 1:], next_obs[:, None]], axis=1)
             observation = next_obs.copy()
             if finished:
-                first = np.stack([reset_obs[env] for env in finished])
+                first = np.array([reset_obs[env] for env in finished])
                 contract._check_observations(first, finished)
                 observation[finished] = self._begin(first)
             transition = Transition(self._observation, action, reward, next_obs, terminated, truncated)
@@ -559,7 +569,8 @@ class CheckedSession(ABC):
                 if isinstance(error, SessionFailure):
                     error.stage = stage
                     error.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
-                    error.server = self._report(error.env) if error.server is None else error.server
+                    if error.server is None:
+                        error.server = self._report(error.env)
                 self._dead = f"{type(error).__name__}: {error}"
             finally:
                 self._close(polite=False)
@@ -599,6 +610,7 @@ class GymnasiumSession(CheckedSession):
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
+        num_workers = int(num_workers)
         self._env_id, self._num_workers, self._timeout = env_id, num_workers, timeout
         self._again = partial(
             GymnasiumSession,
@@ -617,7 +629,7 @@ class GymnasiumSession(CheckedSession):
         command += ["--make-kwargs", quote(json.dumps(make_kwargs))] if make_kwargs else []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         awake = AWAKE if cores > num_workers else 0.0  # a core for each server and for the trainer
-        cuts = [worker * num_envs // num_workers for worker in range(num_workers + 1)]
+        cuts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         with self._guarded("start"):
             for envs in map(range, cuts, cuts[1:]):
                 self._servers.append(_Server(command, envs, timeout, awake))
@@ -720,8 +732,8 @@ class NativeSession(CheckedSession):
             outcomes.append(contract._outcome(reward, terminated, truncated, env))
             if terminated or truncated:
                 reset_obs[env] = self._first(env, None)
-        reward, terminated, truncated = map(np.array, zip(*outcomes, strict=True))
-        return _Batch(next_obs, reward, terminated, truncated, reset_obs)
+        rewards, terminations, truncations = map(np.array, zip(*outcomes, strict=True))
+        return _Batch(next_obs, rewards, terminations, truncations, reset_obs)
 
     def _first(self, env: int, seed: int | None) -> Array:
         try:
@@ -770,6 +782,7 @@ class _Server:
                 start_new_session=True,  # a process group of its own: Ctrl-C is the trainer's, and kill reaches all
             )
         except (OSError, ValueError) as error:
+            self.lifeline.close()
             raise BridgeError(
                 f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]"
             ) from None
@@ -859,10 +872,10 @@ def _drain(stderr: IO[bytes], tail: bytearray) -> None:
 
 
 def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
-    """Whether the pipe is ready by the deadline; the first ``awake`` seconds are waited for without sleeping."""
+    """Whether the pipe is ready by the deadline; the first ``awake`` seconds of waiting are spent without sleep."""
     now = time.monotonic()
-    sleep = min(now + awake, deadline)
-    while now < sleep:
+    asleep_from = min(now + awake, deadline)
+    while now < asleep_from:
         if poller.poll(0):
             return True
         os.sched_yield()  # whoever has work to do goes first, the other end of the pipe not least
@@ -872,12 +885,12 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
 
 
 def _end(servers: list[_Server], polite: bool) -> None:
-    """Ask (if polite), terminate, kill: every server and all that it started, with a bounded wait for each."""
+    """Ask (if polite), terminate, kill.  Servers are waited for, within bounds; what they started dies with them."""
     try:
         for server in servers:
             with contextlib.suppress(OSError):  # it has exited already, or it reads no more
                 if polite:
-                    os.write(server.stdin, json.dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+                    os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
             server.process.stdin.close()  # type: ignore[union-attr]
         if polite:
             _wait_for_exits(servers, CLOSE_GRACE)
@@ -918,7 +931,7 @@ def _refuse(token: str) -> NoReturn:
     raise ValueError(f"{token} is no JSON")
 
 
-# Made once: that takes as long as a reply.
+# Made once: making them takes as long as reading a reply.
 _STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 _dumps = json.JSONEncoder(allow_nan=False).encode
 
@@ -932,6 +945,8 @@ def _loads(line: bytes) -> Any:
 
 
 def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] = ()) -> None:
+    if reply.keys() == required:
+        return
     if missing := required - reply.keys():
         raise BridgeError(f"the reply lacks {sorted(missing)}")
     if unknown := reply.keys() - required - set(optional):
@@ -966,11 +981,10 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
     try:
         if not isinstance(reply["obs_shape"], list) or not isinstance(reply["obs_dtype"], str):
             raise ValueError("obs_shape must be a list, obs_dtype a string")
-        shape = tuple(reply["obs_shape"])
-        plain = Contract(shape, reply["n_actions"], reply["obs_dtype"])
+        plain = Contract(tuple(reply["obs_shape"]), reply["n_actions"], reply["obs_dtype"])
         low, high = _unbound(plain, reply["obs_low"], -math.inf), _unbound(plain, reply["obs_high"], math.inf)
         bounded = (low > -np.inf).any() or (high < np.inf).any()
-        return Contract(shape, reply["n_actions"], reply["obs_dtype"], (low, high) if bounded else None), versions
+        return replace(plain, obs_range=(low, high) if bounded else None), versions
     except (ValueError, OverflowError, ContractViolation) as error:
         declared = {key: reply[key] for key in sorted(spaces)}
         raise ContractViolation("declared_space", f"spaces that can be ({error})", _show(declared)) from None
@@ -978,7 +992,8 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
 
 def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
-    numbers: list[Any] = [fill if raw is None else raw for raw in contract._flatten(raw, contract.obs_shape, 0)]
+    bounds = contract._flatten(raw, contract.obs_shape, 0)
+    numbers: list[Any] = [fill if bound is None else bound for bound in bounds]
     if not all(type(number) in (int, float) for number in numbers):
         raise ValueError("a bound must be a number or null")
     return np.array(numbers, np.float64).reshape(contract.obs_shape)
@@ -986,18 +1001,19 @@ def _unbound(contract: Contract, raw: object, fill: float) -> Array:
 
 def _compare(declared: Contract, demanded: Contract) -> None:
     """The environment's declared spaces against the contract's; a contract may demand a narrower range."""
-
-    def spaces(contract: Contract) -> str:
-        bounds = "any" if contract.obs_range is None else _show(contract.obs_range)
-        return f"Box({contract.obs_shape}, {contract.obs_dtype}, range {bounds}), Discrete({contract.n_actions})"
-
     if any(getattr(declared, k) != getattr(demanded, k) for k in ("obs_shape", "obs_dtype", "n_actions")):
-        raise ContractViolation("declared_space", spaces(demanded), spaces(declared))
+        raise ContractViolation("declared_space", _show_spaces(demanded), _show_spaces(declared))
     if demanded.obs_range is not None:
         (low, high), (lowest, highest) = demanded._obs_range, declared._obs_range
-        for index in map(tuple, np.argwhere((low < lowest) | (high > highest))[:1].tolist()):
-            wider = f"observation{list(index)} in [{low[index]}, {high[index]}] or a wider range"
-            raise ContractViolation("declared_space", wider, f"[{lowest[index]}, {highest[index]}]")
+        if (wider := (low < lowest) | (high > highest)).any():
+            index = _first_true(wider)
+            expected = f"observation{list(index)} in [{low[index]}, {high[index]}] or a wider range"
+            raise ContractViolation("declared_space", expected, f"[{lowest[index]}, {highest[index]}]")
+
+
+def _show_spaces(contract: Contract) -> str:
+    bounds = "any" if contract.obs_range is None else _show(contract.obs_range)
+    return f"Box({contract.obs_shape}, {contract.obs_dtype}, range {bounds}), Discrete({contract.n_actions})"
 
 
 def _decode_reset(reply: dict[str, Any], envs: range, contract: Contract) -> Array:
@@ -1035,9 +1051,11 @@ def _decode_observations(raw: object, envs: Sequence[int], contract: Contract) -
             raise ContractViolation("obs_type", f"base64 ({error})", _show(raw)) from None
         dtype = contract._dtype
         shape = (len(envs), *contract.obs_shape)
-        if len(data) != math.prod(shape) * dtype.itemsize:
-            raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", f"{len(data)} bytes")
-        return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if len(data) != size or len(raw) != (size + 2) // 3 * 4:  # b64decode lets "=" too many pass
+            got = f"{len(data)} bytes in {len(raw)} characters"
+            raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", got)
+        return np.ndarray(shape, dtype.newbyteorder("<"), data).astype(dtype)
     if type(raw) is not list or len(raw) != len(envs):
         raise ContractViolation("batch_size", f"observations of {len(envs)} environments", _show(raw))
     return np.stack([contract._observation(row, env) for env, row in zip(envs, raw, strict=True)])
@@ -1130,7 +1148,8 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    cause = error if error.__cause__ is None else error.__cause__
+    wraps = isinstance(error, SessionFailure) and error.__cause__ is not None  # what an environment raised
+    cause = error.__cause__ if wraps else error
     if (error is cause and isinstance(error, BridgeError)) or type(cause).__name__ == "DependencyNotInstalled":
         return {"error": str(cause)}  # what cannot be done as asked; what to install
     reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else _show_error(error)}
@@ -1150,7 +1169,8 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
     command = None
     request_pipe = select.poll()
     request_pipe.register(wire_in, select.POLLIN)
-    with os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
+    hung_up = contextlib.suppress(BrokenPipeError)  # around both: to close what could not be written fails once more
+    with hung_up, os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
         while command != "close":
             if awake:
                 _poll(request_pipe, time.monotonic() + awake, awake)
@@ -1168,11 +1188,8 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 text = _dumps(reply)
             except Exception as error:  # whatever it was, this request gets its one reply
                 text = _dumps({"id": number, "ok": False, **_error(error)})
-            try:
-                replies.write(text.encode() + b"\n")
-                replies.flush()
-            except BrokenPipeError:
-                break
+            replies.write(text.encode() + b"\n")
+            replies.flush()
     if not isinstance(made, Exception):
         made[0].close()
 
@@ -1185,8 +1202,8 @@ def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
     """
     import fcntl  # not on Windows, where this is never called
 
-    with contextlib.suppress(OSError, AttributeError):  # no such descriptor here; no such call on macOS
-        if lifeline is not None and stat.S_ISFIFO(os.fstat(lifeline).st_mode):
+    with contextlib.suppress(OSError, AttributeError):  # no such call on macOS
+        if lifeline is not None:
             os.set_inheritable(lifeline, False)
             fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
             fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
@@ -1198,14 +1215,16 @@ def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
 
 def _watch(wire_in: int) -> None:
     hang_up = select.poll()
-    hang_up.register(wire_in, 0)  # no events asked for: only the hang-up itself wakes this thread
-    hang_up.poll()
-    time.sleep(CLOSE_GRACE)
+    # macOS sees only what it is asked for, and only once: hence the loop.  A socket (ssh) may be hung up on one side.
+    hang_up.register(wire_in, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
+    while not hang_up.poll(250):
+        pass
+    time.sleep(CLOSE_GRACE + TERMINATE_GRACE)  # a trainer that is closing the session is through with it by then
     os.killpg(0, signal.SIGKILL)
     os._exit(1)  # the first process of a container does not hear a signal from inside
 
 
-def _json(text: str) -> Any:
+def json_object(text: str) -> Any:
     """JSON, quoted as in a URL: that passes through any shell, such as the one at the far end of an ssh."""
     return json.loads(unquote(text))
 
@@ -1214,19 +1233,23 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
     parser.add_argument("--env-id", required=True)
     parser.add_argument("--num-envs", type=int, default=1)
-    parser.add_argument("--make-kwargs", type=_json, default={}, help="arguments of gymnasium.make, as JSON")
+    parser.add_argument(
+        "--make-kwargs", type=json_object, default={}, help="arguments of gymnasium.make, as JSON (%% as %%25)"
+    )
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
-    parser.add_argument("--lifeline", type=int, help="a pipe; when its other end closes, this process group is killed")
+    parser.add_argument("--lifeline", type=int, default=-1, help="a pipe; this process group dies when it is closed")
     args = parser.parse_args()
-    lifeline = args.lifeline
-    try:  # asked before the wire gets its numbers: at the far end of an ssh the lifeline's number is free
-        os.fstat(-1 if lifeline is None else lifeline)
-    except OSError:
-        lifeline = None
+    if args.num_envs < 1:
+        parser.error("--num-envs must be at least 1")
+    lifeline: int | None = None
+    with contextlib.suppress(OSError):  # at the far end of an ssh the number is free; the wire must not take it first
+        lifeline = args.lifeline if stat.S_ISFIFO(os.fstat(args.lifeline).st_mode) else None
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    if lifeline is not None or os.getsid(0) == os.getpid():  # started by a session, in a process group of its own
+    if (
+        lifeline is not None or os.getsid(0) == os.getpid()
+    ):  # started by a GymnasiumSession: the process group is its own
         _leave_with_the_trainer(wire_in, lifeline)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
