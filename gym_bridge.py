@@ -1208,7 +1208,9 @@ def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
             fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
             fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
             fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(lifeline, fcntl.F_GETFL))
-            if select.select([lifeline], [], [], 0)[0]:  # it closed before the kernel was asked to watch it
+            closed = select.poll()
+            closed.register(lifeline, 0)
+            if closed.poll(0):  # before the kernel was asked to watch it
                 os.killpg(0, signal.SIGKILL)
     threading.Thread(target=_watch, args=(wire_in,), daemon=True).start()
 
@@ -1247,9 +1249,8 @@ def _main() -> None:
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    if (
-        lifeline is not None or os.getsid(0) == os.getpid()
-    ):  # started by a GymnasiumSession: the process group is its own
+    # Started by a GymnasiumSession (behind docker or ssh, too), which gave it a process group of its own?
+    if lifeline is not None or os.getsid(0) == os.getpid():
         _leave_with_the_trainer(wire_in, lifeline)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
