@@ -227,9 +227,9 @@ class Contract:
         low, high = np.array([lows, highs], self._dtype).reshape(2, *self.obs_shape)
         return low, high
 
-    # The bounds that _outside compares with; None where there is nothing to check.  Range and finiteness
-    # are one question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN
-    # fails every comparison (hence >= and <= below, never < and >).
+    # The bounds that _outside compares with; None where there is nothing to check.  Range and finiteness are one
+    # question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN fails every
+    # comparison (hence >= and <= below, never < and >).
 
     @cached_property
     def _obs_bounds(self) -> tuple[Array, Array] | None:
@@ -300,7 +300,7 @@ class Contract:
         limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
         low, high = int(limits.min), int(limits.max)
         for number in numbers:
-            if type(number) not in (int, float):
+            if type(number) not in NUMBERS:
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
             fits = low <= number <= high or number != number  # NaN is looked for later; 1e999 is good JSON
             if (type(number) is float and not floats) or not fits:
@@ -310,7 +310,7 @@ class Contract:
     def _flatten(self, raw: object, shape: tuple[int, ...], env: int) -> Iterator[object]:
         if not shape:
             yield raw
-        elif type(raw) in (list, tuple) and len(raw) == shape[0]:  # type: ignore[arg-type]
+        elif type(raw) in LISTS and len(raw) == shape[0]:  # type: ignore[arg-type]
             for part in raw:  # type: ignore[attr-defined]
                 yield from self._flatten(part, shape[1:], env)
         else:
@@ -994,7 +994,7 @@ def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
     bounds = contract._flatten(raw, contract.obs_shape, 0)
     numbers: list[Any] = [fill if bound is None else bound for bound in bounds]
-    if not all(type(number) in (int, float) for number in numbers):
+    if not all(type(number) in NUMBERS for number in numbers):
         raise ValueError("a bound must be a number or null")
     return np.array(numbers, np.float64).reshape(contract.obs_shape)
 

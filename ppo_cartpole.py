@@ -252,7 +252,7 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix changes the length of what passes through it by its gain alone, so that neither signals nor
+    Between layers of one size an orthogonal matrix changes lengths by its gain alone, so that neither signals nor
     gradients explode or vanish when learning begins; sqrt(2) makes up for part of what the activation takes away.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)

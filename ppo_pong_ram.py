@@ -317,7 +317,7 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix changes the length of what passes through it by its gain alone, so that neither signals nor
+    Between layers of one size an orthogonal matrix changes lengths by its gain alone, so that neither signals nor
     gradients explode or vanish when learning begins; sqrt(2) makes up for part of what the activation takes away.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
