@@ -25,8 +25,8 @@ retried, so no late reply can be taken for the answer to another request, and no
 
 The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
 bounded wait.  The trainer holds the writing end of a pipe, the lifeline, each server the reading end, and nothing is
-ever written to it.  When the trainer disappears, in whatever way, it closes, and Linux kills the server's process
-group; elsewhere the server sees that its stdin was hung up, and leaves.
+ever written to it.  When the trainer disappears, in whatever way, the lifeline closes, and Linux kills the server's
+process group; elsewhere the server sees that its stdin was hung up, and leaves.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
@@ -66,7 +66,7 @@ Array = np.ndarray[Any, Any]
 PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
-TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore more time, too
+TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
 AWAKE = 2e-3  # seconds to look at a pipe again and again; to sleep on it at once slows 100 CartPoles by a tenth
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
@@ -84,7 +84,7 @@ NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exac
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "the declared spaces are the contract's: shape, dtype, number of actions, a range no narrower",
+    "declared_space": "declared shape, dtype and actions are the contract's, and the declared range contains its range",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",
@@ -111,13 +111,12 @@ RULES = {
 class SessionFailure(RuntimeError):
     """What both errors have in common: where it happened.  ``str()`` tells all of it.
 
-    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (how many-th batched step), ``env`` (index of the
+    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (number of the batched step), ``env`` (index of the
     environment), ``server`` (pid, exit code or signal, last lines of its stderr); each None where there is none.
     """
 
     def __init__(self, what: str, env: int | None = None) -> None:
-        super().__init__(what)
-        self.what, self.env = what, env
+        self.what, self.env = what, env  # and ``args`` stays as it was given: so it can leave a process of a pool
         self.stage: str | None = None
         self.step: int | None = None
         self.server: str | None = None
@@ -135,9 +134,6 @@ class ContractViolation(SessionFailure):
     def __init__(self, rule: str, expected: str, got: str, env: int | None = None) -> None:
         self.rule, self.expected, self.got = rule, expected, got
         super().__init__(f"contract rule {rule} broken: expected {expected}, got {got}", env)
-
-    def __reduce__(self) -> tuple[Any, ...]:  # so that it can leave a process of a pool
-        return type(self), (self.rule, self.expected, self.got, self.env), self.__dict__
 
 
 class BridgeError(SessionFailure):
@@ -250,10 +246,6 @@ class Contract:
         most = FINITE if self.check_reward_finite else math.inf
         return np.array(max(low, -most)), np.array(min(high, most))
 
-    @cached_property
-    def _action_bounds(self) -> tuple[Array, Array]:
-        return np.array(0), np.array(self.n_actions - 1)
-
     @classmethod
     def from_env(
         cls,
@@ -283,7 +275,7 @@ class Contract:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
         if array.dtype == self._dtype:
             return array
-        # Another width is welcome where the values fit (many environments compute in float64), another kind is not.
+        # Where the values fit, another width is welcome (many compute in float64), and so are integers for floats.
         if array.dtype.kind not in ("fiu" if self._dtype.kind == "f" else "iu"):
             raise ContractViolation("obs_dtype", self.obs_dtype, f"{array.dtype.name} {_show(array.tolist())}", env)
         with np.errstate(all="ignore"):
@@ -302,7 +294,7 @@ class Contract:
         for number in numbers:
             if type(number) not in NUMBERS:
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
-            fits = low <= number <= high or number != number  # NaN is looked for later; 1e999 is good JSON
+            fits = low <= number <= high or number != number  # NaN is looked for later; infinity may have been 1e999
             if (type(number) is float and not floats) or not fits:
                 raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", _show(number), env)
         return np.array(numbers, self._dtype).reshape(self.obs_shape)
@@ -358,7 +350,7 @@ class Contract:
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
             raise ContractViolation("action_type", "integers", str(actions.dtype))
-        if index := _outside(actions, self._action_bounds):
+        if index := _outside(actions, (0, self.n_actions - 1)):
             raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[index]), index[0])
         return np.array(actions, np.int64)
 
@@ -368,7 +360,7 @@ def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] |
     if bounds is None:
         return None
     good = (values >= bounds[0]) & (values <= bounds[1])
-    return None if np.count_nonzero(good) == good.size else _first_true(~good)
+    return None if np.count_nonzero(good) == good.size else _first_true(~good)  # count_nonzero: quicker than all()
 
 
 def _first_true(mask: Array) -> tuple[int, ...]:
@@ -442,8 +434,8 @@ class CheckedSession(ABC):
 
     Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's but for these two),
     ``transitions_checked``, ``versions`` (what the environments run on).
-    Every method but ``close`` raises ContractViolation or BridgeError, after which the session is dead.  It belongs to
-    one process and one thread.
+    ``reset`` and ``step`` raise ContractViolation or BridgeError; after that the session is dead.  It belongs to one
+    process and one thread.
     """
 
     def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:
@@ -504,9 +496,7 @@ class CheckedSession(ABC):
                 expected, got = ("one", "none") if done[env] else ("none (it did not finish)", "one")
                 raise ContractViolation("reset_obs", f"{expected} for this environment", got, env)
             if self.append_action:
-                one_hot = np.zeros((self.num_envs, contract.n_actions), next_obs.dtype)
-                one_hot[np.arange(self.num_envs), action] = 1
-                next_obs = np.concatenate([next_obs, one_hot], axis=1)
+                next_obs = np.hstack([next_obs, action[:, None] == np.arange(contract.n_actions)])  # one-hot
             if self.frame_stack > 1:
                 next_obs = np.concatenate([self._observation[:, 1:], next_obs[:, None]], axis=1)
             observation = next_obs.copy()
@@ -520,7 +510,10 @@ class CheckedSession(ABC):
             return transition
 
     def close(self) -> None:
-        """End everything within 3 seconds, whatever state it is in.  Never raises, may be called again."""
+        """End everything, whatever state it is in.  Never raises, may be called again.
+
+        Servers are gone within 3 seconds; what is in this process takes the time that it takes.
+        """
         if self._dead is None and self._process == os.getpid():
             self._dead = "it was closed"
             self._close(polite=True)
@@ -668,8 +661,8 @@ class GymnasiumSession(CheckedSession):
     def _reset(self, seed: int | None) -> Array:
         contract, deadline = self.contract, time.monotonic() + self._timeout
         for server in self._each():
-            first = None if seed is None else seed + server.envs.start
-            server.send({"cmd": "reset", "seed": first, "encoding": "base64"}, deadline)
+            own_seed = None if seed is None else seed + server.envs.start
+            server.send({"cmd": "reset", "seed": own_seed, "encoding": "base64"}, deadline)
         return np.concatenate([_decode_reset(one.receive(deadline), one.envs, contract) for one in self._each()])
 
     def _step(self, actions: Array) -> _Batch:
@@ -842,7 +835,8 @@ class _Server:
             chunk = os.read(self.stdout, 1 << 16)
             data += chunk
             if not chunk:
-                raise BridgeError(f"the server hung up in the middle of a reply: {_show(bytes(data))}")
+                so_far = f" in the middle of a reply: {_show(bytes(data))}" if data else ""
+                raise BridgeError(f"the server hung up{so_far}")
             if len(data) > self.max_line_bytes:
                 raise BridgeError(f"the reply is longer than {self.max_line_bytes:,} bytes: {_show(bytes(data))}")
         return bytes(data)
@@ -1107,7 +1101,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
 
 
 def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, without id and ok.  The trainer checks the values; here types and shapes are."""
+    """The reply to one request, without id and ok.  Types and shapes are checked here, values by the trainer."""
     command = request.get("cmd") if isinstance(request, dict) else None
     if not isinstance(command, str) or command not in REQUESTS:
         raise BridgeError(f'a request is {{"id": 1, "cmd": one of {list(REQUESTS)}, ...}}')

@@ -148,6 +148,10 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises ValueError, which says what to do, for values that cannot be."""
+        for field in fields(self):  # from Python: numpy's numbers, and paths as strings, are welcome
+            value = getattr(self, field.name)
+            value = value.item() if isinstance(value, np.generic) else Path(value) if field.type == "Path" else value
+            object.__setattr__(self, field.name, value)
         counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
             (counts + " update_epochs", lambda value: value >= 1, "must be at least 1"),
@@ -157,26 +161,16 @@ class Args:
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
-            ("num_workers", lambda value: value <= self.num_envs, f"must be at most --num-envs ({self.num_envs})"),
+            ("log checkpoint", lambda value: value.name != "", "must name a file"),
         ]
         for names, good, rule in rules:
             for name in names.split():
                 if not good(getattr(self, name)):
                     raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
-        batch = self.num_envs * self.num_steps
-        if batch % self.num_minibatches or batch < 2 * self.num_minibatches:
-            raise ValueError(
-                f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2"
-            )
         try:
             shlex.split(self.server_command or "")
         except ValueError as error:
             raise ValueError(f"--server-command cannot be split into words: {error}") from None
-        files = [self.log, self.log.with_suffix(".svg"), self.checkpoint, Path(f"{self.checkpoint}.old")]
-        if len({os.path.abspath(path) for path in files}) < 4:
-            raise ValueError(
-                "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
-            )
 
 
 def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
@@ -203,9 +197,20 @@ class BadInput(Exception):
     """Something that the person asked for and that cannot be: said in one line, exit code 2."""
 
 
-def check_writable(args: Args) -> None:
-    """Raises BadInput if the files of a run cannot be written: better said now than after an hour of training."""
-    for path in args.log, args.log.with_suffix(".svg"), args.checkpoint:
+def check_args(args: Args) -> None:
+    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
+
+    Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
+    """
+    batch = args.num_envs * args.num_steps
+    if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
+        raise BadInput(f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2")
+    files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
+    if len({os.path.join(os.path.realpath(path.parent), path.name) for path in files}) < 4:
+        raise BadInput(
+            "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
+        )
+    for path in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part_of(path).touch()
@@ -234,12 +239,11 @@ EARLY: list[CheckedSession] = []  # for training and for evaluation, when main()
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
     early_args = tyro.cli(Args)
-    if not early_args.watch:
+    if not (early_args.watch or early_args.resume):
         try:
-            check_writable(early_args)
-            if not early_args.resume:
-                EARLY.append(open_session(early_args, early_args.num_envs))
-                EARLY.append(EARLY[0].twin(early_args.eval_episodes))
+            check_args(early_args)
+            EARLY.append(open_session(early_args, early_args.num_envs))
+            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
         except (BadInput, SessionFailure) as error:
             stop(error, 2)
 
@@ -337,23 +341,23 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
         sampled = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
         transitions.append(session.step(sampled.cpu().numpy()))
+    observations, actions, rewards, next_observations, terminated, truncated = (
+        torch.from_numpy(np.stack([getattr(transition, field.name) for transition in transitions])).to(device)
+        for field in fields(Transition)
+    )  # each (T, N, ...)
 
-    def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
-
-    # The networks see the rollout once more, in one piece: for the critic, that is cheaper than at every step, and the
-    # actor's batches of N may have been rounded differently from those of the loss, whose ratio is to begin at 1.
+    # The actor sees the rollout once more, in one piece: its batches of N may have been rounded differently from those
+    # of the loss, whose ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
-    observations, next_observations, actions = stack("observation"), stack("next_observation"), stack("action")
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
         observations,
         actions,
         log_probs,
-        stack("reward").float(),
+        rewards.float(),
         next_observations,
-        stack("terminated"),
-        stack("truncated"),
+        terminated,
+        truncated,
         values=critic(observations),
         next_values=critic(next_observations),
     )
@@ -429,8 +433,9 @@ def ppo_loss(
     acted; advantages (B,), B > 1, normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
     detached scalars for the log.  Raises ValueError for other shapes: (B, 1) beside (B,) would become (B, B).
     """
-    if {each.shape for each in (values, actions, old_log_probs, advantages, targets)} != {logits.shape[:-1]}:
-        raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,)")
+    shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
+    if shapes != {logits.shape[:-1]} or len(logits) < 2:
+        raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
@@ -486,7 +491,7 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
     for _ in range(max_steps):
         actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
         transition = session.step(actions.cpu().numpy())
-        returns += transition.reward * playing
+        returns[playing] += transition.reward[playing]
         playing &= ~transition.done
         if not playing.any():
             break
@@ -513,7 +518,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
             raise BadInput(f"the session has {session.num_envs} environments, num_envs is {args.num_envs}")
-        check_writable(args)
+        if session is eval_session:
+            raise BadInput("an evaluation would end the episodes of training: it needs a session of its own")
+        check_args(args)
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
@@ -526,7 +533,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         session.reset(run.episode_seed("training"))
         if not run.rows:  # row 0 of the log: how good is knowing nothing?
-            run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
+            run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
@@ -583,7 +590,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # (and training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
-                run.log_evaluation(evaluate(eval_session, actor, run.episode_seed("evaluation"), args.eval_max_steps))
+                run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
                 if run.greedy_return >= run.solved_return:
                     run.evaluate_finally()
         if run.final_returns is None:  # the updates are used up
@@ -639,7 +646,7 @@ class Run:
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
-        self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes, and in final evaluations
+        self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes
         self.episode_returns = torch.zeros(args.num_envs)  # so far, of the training episodes under way
         self.recent: dict[str, list[float]] = {name: [] for name in SERIES}  # of completed updates since the last row
         if args.resume:
@@ -683,7 +690,8 @@ class Run:
     def episode_seed(self, purpose: str) -> int:
         """For the environments: other runs, and training and evaluations within a run, play other episodes."""
         number = ("training", "evaluation", "final evaluation").index(purpose)
-        return int(np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0] >> 1)
+        seed = np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0]
+        return int(seed >> 1)  # so that seed + i fits into 32 bits, too
 
     def start_clock(self) -> None:
         """Speed is counted from here."""
@@ -695,7 +703,7 @@ class Run:
         if env_id != self.args.env_id:
             raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id!r}, not of {self.args.env_id}")
         form: dict[str, Any] = {"update": 0, "env_steps": 0, "transitions_checked": 0, "seconds": 0.0, "steps": [0]}
-        form |= {"actor": cloned(self.actor.state_dict()), "critic": cloned(self.critic.state_dict())}
+        form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
         form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
             check_form(name, state[name], example)
@@ -718,9 +726,8 @@ class Run:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
-        self.update, self.env_steps, self.rows, self.history = (
-            state[name] for name in ("update", "env_steps", "steps", "history")
-        )
+        self.update, self.env_steps = state["update"], state["env_steps"]
+        self.rows, self.history = state["steps"], state["history"]
         self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
 
     def state(self) -> dict[str, Any]:
@@ -763,7 +770,8 @@ class Run:
                 self.episode_returns[done] = 0
             for name in infos[0]:
                 self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
-            self.recent["explained_variance"].append(float(explained_variance))
+            if explained_variance.isfinite():  # not where all targets are equal
+                self.recent["explained_variance"].append(float(explained_variance))
             self.snapshot = self.state()
         if sys.stdout.isatty():
             self.print_line()
@@ -777,16 +785,19 @@ class Run:
         self.print_line()
 
     def evaluate_finally(self) -> None:
-        """Fresh episodes: environments of their own, and seeds that no evaluation has used."""
         self.show(f"playing {FINAL_EPISODES} fresh episodes")
+        self.final_returns = self.evaluate("final evaluation", FINAL_EPISODES)
+
+    def evaluate(self, purpose: str, episodes: int) -> np.ndarray:
+        """Returns (episodes,) of the greedy policy, each episode with a seed of its own; errors name the purpose."""
+        session, seed = self.sessions[-1], self.episode_seed(purpose)
+        rounds = range(0, episodes, session.num_envs)
         try:
-            with self.sessions[0].twin(FINAL_EPISODES) as session:
-                seed = self.episode_seed("final evaluation")
-                self.final_returns = evaluate(session, self.actor, seed, self.args.eval_max_steps)
-                self.checked_before += session.transitions_checked
+            returns = [evaluate(session, self.actor, seed + first, self.args.eval_max_steps) for first in rounds]
         except SessionFailure as error:
-            error.stage = f"final evaluation, {error.stage}"
+            error.stage = f"{purpose}, {error.stage}"
             raise
+        return np.concatenate(returns)[:episodes]
 
     def add_row(self, greedy_return: float) -> None:
         """A row of the log: the greedy return now, and means of what happened since the row before."""
@@ -828,7 +839,7 @@ class Run:
         replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
 
     def train_log(self, seconds: float) -> dict[str, Any]:
-        """TorchLean's TrainLog.  Two runs of one seed differ in nothing but the last two notes."""
+        """TorchLean's TrainLog.  Two runs with the same flags differ in nothing but the last two notes."""
         notes = asdict(self.args)
         versions = {"torch": torch.__version__, **self.sessions[0].versions}
         notes |= {f"version_{name}": version for name, version in versions.items()}
@@ -946,8 +957,11 @@ def uninterrupted() -> Iterator[None]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
-    part_of(path).write_bytes(content)
-    os.replace(part_of(path), path)
+    try:
+        part_of(path).write_bytes(content)
+        os.replace(part_of(path), path)
+    finally:
+        part_of(path).unlink(missing_ok=True)  # where the disk is full
 
 
 def one_line(error: Exception) -> str:
@@ -959,9 +973,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
-                archive.read(record)  # compares checksums; torch.load does not, and takes anything for numbers
-                if record.external_attr:
+                if record.external_attr or record.compress_type:  # a few bytes can unpack to gigabytes
                     raise ValueError(f"{record.filename} is no plain file")
+                archive.read(record)  # compares checksums; torch.load does not, and takes anything for numbers
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"there is no checkpoint {path}: train first, or name one with --checkpoint") from None
@@ -1048,9 +1062,9 @@ def learning_curve(run: Run) -> str:
 
 
 def tick_distance(span: float) -> float:
-    """1, 2 or 5 times a power of ten, such that three to eight ticks lie on an axis of this length."""
+    """1, 2 or 5 times a power of ten, such that an axis of this length has three to eight intervals."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 3))
-    return next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 8)
+    return next(factor * power for factor in (1, 2, 5) if span / (factor * power) <= 8)
 
 
 def watch(args: Args) -> None:
@@ -1068,7 +1082,6 @@ def watch(args: Args) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -1077,6 +1090,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no sparkline shows question marks
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         args = tyro.cli(Args)
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
@@ -1085,18 +1099,17 @@ def main() -> None:
         if args.watch:
             watch(args)
         else:
+            check_args(args)  # before --resume starts any server
             train(args, *EARLY)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop("interrupted", 130)
     except BadInput as error:
         stop(error, 2)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:  # OSError: a full disk, or nobody reads the output any more
         stop(error, 1)
-    except OSError as error:  # the disk is full, or nobody reads the output any more
-        stop(f"{type(error).__name__}: {error}", 1)
     except SessionFailure as error:
-        stop(error, 2 if error.stage == "start" or args.watch else 1)
+        stop(error, 2 if args.watch or str(error.stage).endswith("start") else 1)
 
 
 if __name__ == "__main__":
