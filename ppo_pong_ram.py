@@ -16,8 +16,8 @@ PPO repeats three things; train(), below, is the loop.
     ahead counts gamma^k.  gae() makes advantages of rewards and predictions: how much better each action turned out
     than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, and stops pushing once a probability has changed by a fifth that way; the critic learns to
-    predict better.
+    others less likely, and stops pushing once a probability has changed by a fifth in that direction; the critic learns
+    to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -696,7 +696,7 @@ SERIES = {  # of the log: name, colour
 
 
 class Adam(torch.optim.Adam):
-    """torch.optim.Adam without its decorators for torch.compile: importing that takes a second, as long as learning."""
+    """torch.optim.Adam without its decorators for torch.compile: importing that takes as long as CartPole does."""
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
