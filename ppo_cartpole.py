@@ -204,7 +204,8 @@ def check_args(args: Args) -> None:
     """
     batch = args.num_envs * args.num_steps
     if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
-        raise BadInput(f"--num-minibatches must divide --num-envs * --num-steps ({batch}) into parts of at least 2")
+        wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
+        raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
     files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
     if len({os.path.join(os.path.realpath(path.parent), path.name) for path in files}) < 4:
         raise BadInput(
@@ -216,7 +217,7 @@ def check_args(args: Args) -> None:
             part_of(path).touch()
             part_of(path).unlink()
             if path.exists() and not path.is_file():
-                raise OSError("there is something else of this name")
+                raise OSError("it is no file")
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot write {path}: {error}") from None
 
@@ -384,8 +385,8 @@ def gae(
     rewards, then the critic ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which
     comes to a sum of one-step errors delta, the one k steps ahead weighted by (gamma * lambda)^k ([2], eq. 16).
 
-    All tensors (T, N), ``terminated`` and ``truncated`` bool, ``next_values`` V(s') of the state that the action led
-    to, before any reset.  Returns advantages (T, N).  Raises ValueError for shapes that differ.
+    All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
+    action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for shapes that differ.
     """
     if not rewards.shape == values.shape == next_values.shape == terminated.shape == truncated.shape:
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must have one shape")
@@ -393,8 +394,8 @@ def gae(
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
-    not_terminated = 1.0 - terminated.to(values.dtype)
-    not_done = 1.0 - (terminated | truncated).to(values.dtype)
+    not_terminated = 1.0 - terminated.bool().to(values.dtype)
+    not_done = 1.0 - (terminated.bool() | truncated.bool()).to(values.dtype)
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
     deltas = rewards + gamma * not_terminated * next_values - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
@@ -517,7 +518,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
-            raise BadInput(f"the session has {session.num_envs} environments, num_envs is {args.num_envs}")
+            raise BadInput(f"the session has {session.num_envs} environments: say so in Args(num_envs=...)")
         if session is eval_session:
             raise BadInput("an evaluation would end the episodes of training: it needs a session of its own")
         check_args(args)
@@ -528,12 +529,14 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # whose gradient is next to nothing hardly move ([3], detail 3).
         groups = [{"params": network.parameters()} for network in (actor, critic)]
         optimizer = Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
-        run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, checkpoint: see Housekeeping
+        run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, evaluations: see Housekeeping
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
         if not run.rows:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
+        elif run.awaits_verdict:  # it was interrupted then
+            run.evaluate_finally()
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
@@ -591,7 +594,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             run.complete_update(rollout, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-                if run.greedy_return >= run.solved_return:
+                if run.awaits_verdict:
                     run.evaluate_finally()
         if run.final_returns is None:  # the updates are used up
             run.evaluate_finally()
@@ -659,7 +662,10 @@ class Run:
         self.snapshot = self.state()
         self.start_clock()
         resumed = f", after update {self.update}" if args.resume else ""
-        print(f"{self.title}{resumed}: starting {args.num_envs} environments", flush=True)
+        goal = (
+            "" if self.solved_return < math.inf else f" (without --solved-return it ends after update {args.updates})"
+        )
+        print(f"{self.title}{resumed}: starting {args.num_envs} environments{goal}", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -667,7 +673,14 @@ class Run:
 
     @property
     def greedy_return(self) -> float:
-        return self.history["avg_return"][-1]
+        """As of the last evaluation: where a run was interrupted, there was none."""
+        return next((value for value in reversed(self.history["avg_return"]) if math.isfinite(value)), math.nan)
+
+    @property
+    def awaits_verdict(self) -> bool:
+        """Has the evaluation after this update reached the goal?  (Then ``evaluate_finally`` is due.)"""
+        evaluated = self.rows[-1] == self.update and math.isfinite(self.history["avg_return"][-1])
+        return self.final_returns is None and evaluated and self.greedy_return >= self.solved_return
 
     @property
     def transitions_checked(self) -> int:
@@ -823,7 +836,9 @@ class Run:
                     with contextlib.suppress(OSError):  # nobody may be reading any more
                         if sys.stdout.isatty():
                             print()
-                        print(f"saved everything up to update {self.update}: {self.files}", file=sys.stderr)
+                        print(
+                            f"saved everything up to update {self.update}, for --resume: {self.files}", file=sys.stderr
+                        )
             raise
 
     def save(self) -> None:
@@ -868,15 +883,16 @@ class Run:
             f"update {self.update}/{self.args.updates}",
             f"{self.env_steps:,} steps",
             f"{self.speed:,.0f}/s",
-            f"at most {left // 60:.0f}:{left // 1 % 60:02.0f} left",
+            f"{left // 60:.0f}:{left // 1 % 60:02.0f} left",
             f"sampled {sampled:.1f}",
             f"greedy {self.greedy_return:.1f}",
             sparkline(self.history["avg_return"]),
             f"KL {latest['approx_kl']:.3f}",
             f"entropy {latest['entropy']:.2f}",
         ]
-        while sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
-            parts.pop()  # a line that is wrapped cannot be rewritten in place
+        for expendable in (8, 7, 6, 3, 2):  # a line that is wrapped cannot be rewritten in place
+            if sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
+                del parts[expendable]
         self.show("  ".join(parts).replace("nan", "-"))
 
     def show(self, line: str) -> None:
@@ -1012,7 +1028,7 @@ def sparkline(values: list[float]) -> str:
     """The last 12 values as a row of little bars."""
     shown = [value for value in values if math.isfinite(value)][-12:]
     low, high = min(shown, default=0), max(shown, default=0)
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low)) if high > low else 0] for value in shown)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * ((value - low) / (high - low))) if high > low else 3] for value in shown)
 
 
 def learning_curve(run: Run) -> str:
@@ -1042,7 +1058,7 @@ def learning_curve(run: Run) -> str:
         points = " ".join(f"{left + x * x_scale:.1f},{bottom - (y - low) * y_scale:.1f}" for x, y in data)
         style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" fill="none"'
         parts.append(f'<polyline points="{points}" {style}/>')
-        key = bottom - 36 + 20 * row
+        key = 28 + 18 * row  # beside the title, where no curve is
         parts.append(f'<path d="M{left + width - 176} {key - 4}h24" {style}/>')
         parts.append(f'<text x="{left + width - 144}" y="{key}">{label}</text>')
     font = 'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#333"'

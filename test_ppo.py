@@ -1410,6 +1410,14 @@ def test_gae_by_hand(terminated, truncated, expected):
     assert advantages.squeeze(1).tolist() == expected
 
 
+def test_flags_may_be_zeros_and_ones():
+    """As in code that keeps them among floats."""
+    numbers, flags = torch.randn(3, 4, 3), torch.rand(2, 4, 3) < 0.4
+    expected = ppo.gae(*numbers, *flags, 0.9, 0.8)
+    for dtype in torch.float32, torch.int64, torch.uint8:
+        assert torch.equal(ppo.gae(*numbers, *flags.to(dtype), 0.9, 0.8), expected)
+
+
 def test_shapes_that_would_broadcast_are_refused():
     """A critic's (B, 1) beside returns (B,) is the commonest of mistakes, and would train on (B, B)."""
     good = [torch.zeros(3, 2) for _ in range(3)] + [torch.zeros(3, 2, dtype=torch.bool) for _ in range(2)]
@@ -2059,7 +2067,7 @@ def test_what_a_run_shows(short_run):
     assert lines.pop(0) == "PPO on CartPole-v1, seed 3: starting 8 environments"
     assert lines.pop(-2) == "playing 100 fresh episodes"
     assert [line.split("  ")[0] for line in lines[:-1]] == ["update 0/4", "update 2/4", "update 4/4"]
-    for word in "steps", "/s", "at most 0:0", "left", "sampled", "greedy", "KL", "entropy":
+    for word in "steps", "/s", "0:0", "left", "sampled", "greedy", "KL", "entropy":
         assert word in lines[1]
     assert re.match(r"not solved: CartPole-v1, greedy return [\d.]+ ± [\d.]+ over 100 fresh episodes", lines[-1])
     assert "1,024 environment steps" in lines[-1]
@@ -2186,6 +2194,36 @@ def test_an_error_in_an_evaluation_says_so():
         ppo.train(args, NativeSession([Sick(), Sick()], contract))
 
 
+def test_a_verdict_that_was_interrupted_is_made_up_for(monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    args = ppo.Args(updates=9, eval_every=1, eval_episodes=1, eval_max_steps=1, solved_return=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.Run, "evaluate_finally", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.train(args)
+    run = ppo.train(dataclasses.replace(args, resume=True))
+    assert (run.solved, run.update, run.rows) == (True, 1, [0, 1])
+
+
+def test_a_run_that_was_interrupted_shows_its_last_evaluation():
+    args = ppo.Args(updates=1, eval_episodes=1, eval_max_steps=7)
+    run = ppo.train(args)
+    run.add_row(math.nan)
+    assert run.greedy_return == 7.0
+    assert not run.awaits_verdict
+
+
+def test_sparkline():
+    assert ppo.sparkline([]) == ""
+    assert ppo.sparkline([3.0, math.nan, 3.0]) == "▄▄"
+    assert ppo.sparkline([0.0, 5.0, 10.0]) == "▁▄█"
+    for seed in range(1000):  # the least is the lowest bar, the most the highest, however sums are rounded
+        values = np.random.default_rng(seed).uniform(-500, 500, 3)
+        assert {ppo.sparkline(values.tolist())[i] for i in (values.argmin(), values.argmax())} == {"▁", "█"}
+
+
 def test_a_rollout_without_differences_does_not_spoil_the_row():
     class Late:
         """Nothing happens for 40 steps, more than a rollout: all targets are equal."""
@@ -2223,7 +2261,7 @@ def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own():
 
 
 def test_a_session_of_another_size_is_refused():
-    with pytest.raises(ppo.BadInput, match="the session has 3 environments, num_envs is 8"):
+    with pytest.raises(ppo.BadInput, match="the session has 3 environments: say so in"):
         ppo.train(ppo.Args(), cartpole_session(3))
     session = cartpole_session(8)
     with pytest.raises(ppo.BadInput, match="needs a session of its own"):
@@ -2245,7 +2283,7 @@ def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint():
     args = tyro.cli(ppo.Args, args=flags, default=ppo.stored_args(tyro.cli(ppo.Args, args=flags)))
     assert (args.num_steps, args.num_minibatches) == (48, 3)
     ppo.check_args(args)
-    with pytest.raises(ppo.BadInput, match=r"--num-minibatches must divide --num-envs \* --num-steps \(384\)"):
+    with pytest.raises(ppo.BadInput, match=r"--num-minibatches must divide --num-envs \* --num-steps \(384\).*not 7"):
         ppo.check_args(dataclasses.replace(args, num_minibatches=7))
 
 
@@ -2255,7 +2293,7 @@ def test_files_that_cannot_be_are_refused_before_the_first_step():
     with pytest.raises(ppo.BadInput, match="must be different files"):
         ppo.check_args(ppo.Args(log="real/x", checkpoint="link/x"))
     Path("x.old").mkdir()
-    with pytest.raises(ppo.BadInput, match=r"cannot write x\.old: there is something else of this name"):
+    with pytest.raises(ppo.BadInput, match=r"cannot write x\.old: it is no file"):
         ppo.check_args(ppo.Args(checkpoint="x"))
 
 
@@ -2590,7 +2628,9 @@ if __name__ == "__main__":  # main() with a deadline of its own
     flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
     done = run_script("--updates", "100", *flags, script=Path("run.py").absolute())
     assert done.returncode == 1, done.stderr
-    assert re.search(r"saved everything up to update 9: .*\nppo_cartpole\.py: " + message, done.stderr, re.DOTALL)
+    assert re.search(
+        r"saved everything up to update 9, for --resume: .*\nppo_cartpole\.py: " + message, done.stderr, re.DOTALL
+    )
     assert ("Traceback" in done.stderr) == (name == "raises")  # the environment's own
     state = torch.load("data/rl/ppo_cartpole.pt", weights_only=True)
     assert (state["update"], state["steps"]) == (9, [0, 4, 8, 9])
@@ -2651,7 +2691,7 @@ PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
     ("zero_envs", ["--num-envs", "0"], "--num-envs must be at least 1"),
     ("negative_updates", ["--updates", "-3"], "--updates must be at least 1"),
-    ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide"),
+    ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide --num-envs * --num-steps (256)"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
     ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
@@ -2685,8 +2725,11 @@ def test_bad_input_gets_one_clear_message(name, flags, message):
     shown = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stderr)
     assert message in shown
     assert "Traceback" not in done.stderr
-    started = "PPO on odd_envs:Unlike-v0, seed 1: starting 8 environments\n"  # the others are refused before that
-    assert done.stdout == (started if name == "unlike_each_other" else "")
+    started = name == "unlike_each_other"  # the others are refused before that
+    assert done.stdout.endswith(
+        "8 environments (without --solved-return it ends after update 300)\n" if started else ""
+    )
+    assert done.stdout.count("\n") == started
 
 
 def test_a_checkpoint_of_another_environment_is_refused(short_run):
