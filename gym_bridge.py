@@ -1172,7 +1172,10 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 break
             number = None
             try:
-                request = _loads(line)
+                try:
+                    request = _loads(line)
+                except ValueError as error:
+                    raise BridgeError(f"a request is one line of strict JSON ({error})") from None
                 if isinstance(request, dict):
                     number, command = request.get("id"), request.get("cmd")
                     number = number if isinstance(number, (int, str)) else None  # 1e999 can be read, but not written
@@ -1226,6 +1229,7 @@ def json_object(text: str) -> Any:
 
 
 def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a person's Ctrl-C ends it without a traceback
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
     parser.add_argument("--env-id", required=True)
     parser.add_argument("--num-envs", type=int, default=1)

@@ -1179,10 +1179,12 @@ what?
     assert replies[0]["obs_high"] == [pytest.approx(4.8), None, pytest.approx(math.radians(24)), None]
     assert np.shape(replies[1]["obs"]) == (2, 4)
     assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})
+    assert replies[3]["error"].startswith("a request is one line of strict JSON (Expecting value")
+    assert "traceback" not in replies[3]
     assert replies[4]["rule"] == "action_range"
 
 
-def test_a_person_who_stops_listening_or_asks_for_no_environment():
+def test_a_person_who_stops_listening_or_asks_for_no_environment_or_presses_ctrl_c():
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     server.stdout.close()
@@ -1191,6 +1193,13 @@ def test_a_person_who_stops_listening_or_asks_for_no_environment():
     done = subprocess.run([*command, "--num-envs", "0"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("gym_bridge.py: error: --num-envs must be at least 1\n")
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server.stdin.write('{"id": 1, "cmd": "describe"}\n')
+    server.stdin.flush()
+    assert '"ok": true' in server.stdout.readline()
+    server.send_signal(signal.SIGINT)
+    assert server.communicate(timeout=10)[1] == ""
+    assert server.returncode == -signal.SIGINT
 
 
 def test_a_socket_that_is_hung_up_on_one_side(workplace):
