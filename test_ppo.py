@@ -1542,6 +1542,20 @@ def test_ppo_loss_against_the_oracle(seed, size, clip, ent):
     assert {key: value.item() for key, value in info.items()} == pytest.approx(expected_info, abs=1e-9)
 
 
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_ppo_loss_unless_told_otherwise(script):
+    """clip_coef is 0.2, vf_coef 0.5, and there is no entropy bonus."""
+    rng = np.random.default_rng(3)
+    logits, old = rng.normal(size=(9, 3)), np.full(9, math.log(1 / 3))
+    actions = rng.integers(0, 3, 9)
+    arrays = (logits, rng.normal(size=9), actions, old, rng.normal(size=9), rng.normal(size=9))
+    loss, _ = script.ppo_loss(*(torch.from_numpy(array) for array in arrays))
+    listed = [array.tolist() for array in arrays]
+    assert loss.item() == pytest.approx(loss_oracle(*listed, 0.2, 0.5, 0.0)[0], abs=1e-9)
+    for others in ((0.3, 0.5, 0.0), (0.2, 0.6, 0.0), (0.2, 0.5, 0.01)):
+        assert loss.item() != pytest.approx(loss_oracle(*listed, *others)[0], abs=1e-4)
+
+
 def test_the_first_gradient_step_is_the_policy_gradient():
     """At a ratio of 1, with respect to a row's logits: -A * (1[a] - pi), in a mean over the rows."""
     rng = np.random.default_rng(1)
