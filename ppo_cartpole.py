@@ -116,7 +116,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall linearly to zero over --updates ([3], detail 4); needless where learning is short"""
+    """let the learning rate fall linearly to zero over --updates ([3], detail 4), and the entropy bonus with the cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95
@@ -559,6 +559,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
+            entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
@@ -576,7 +577,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        args.ent_coef,
+                        entropy_bonus,
                     )
                     optimizer.zero_grad()
                     loss.backward()

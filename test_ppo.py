@@ -1759,20 +1759,26 @@ def test_the_logged_metrics_against_an_oracle(monkeypatch):
     assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
 
 
-def test_annealing_lets_the_learning_rate_fall_linearly(monkeypatch):
-    rates = []
-    original = ppo.Adam.step
+def test_annealing_lets_the_learning_rate_fall_linearly_and_the_entropy_bonus_with_the_cube(monkeypatch):
+    rates, bonuses = [], []
+    original_step, original_loss = ppo.Adam.step, ppo.ppo_loss
 
-    def recorded(self, *args, **kwargs):
+    def recorded_step(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
-        return original(self, *args, **kwargs)
+        return original_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(ppo.Adam, "step", recorded)
+    def recorded_loss(*args):
+        bonuses.append(args[-1])
+        return original_loss(*args)
+
+    monkeypatch.setattr(ppo.Adam, "step", recorded_step)
+    monkeypatch.setattr(ppo, "ppo_loss", recorded_loss)
     args = ppo.Args(
         updates=4,
         anneal_lr=True,
         num_envs=2,
         learning_rate=0.008,
+        ent_coef=0.64,
         update_epochs=1,
         num_minibatches=1,
         eval_episodes=1,
@@ -1780,6 +1786,7 @@ def test_annealing_lets_the_learning_rate_fall_linearly(monkeypatch):
     )
     ppo.train(args, cartpole_session(2))
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
+    assert bonuses == pytest.approx([0.64, 0.27, 0.08, 0.01])
 
 
 def test_the_lean_adam_is_torch_adam():
