@@ -8,7 +8,7 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to below 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
+(= ln 6, undecided) towards 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
