@@ -116,7 +116,8 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall linearly to zero over --updates ([3], detail 4), the entropy bonus with the cube"""
+    """let the learning rate fall to zero, with the square of what is left of --updates ([3], detail 4: linearly), and
+    the entropy bonus with its square in turn"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95
@@ -529,7 +530,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # whose gradient is next to nothing hardly move ([3], detail 3).
         groups = [{"params": network.parameters()} for network in (actor, critic)]
         optimizer = Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
-        run = Run(args, actor, critic, optimizer, session, eval_session)  # counters, log, evaluations: see Housekeeping
+        run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
@@ -558,8 +559,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
-            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
+            remaining = (1 - run.update / args.updates) ** 2 if args.anneal_lr else 1.0
+            entropy_bonus = args.ent_coef * remaining**2  # gone long before the rates: explore, then settle
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
@@ -583,8 +584,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
                     # critic's, which grows with the returns, would decide how far the actor's is scaled down.
-                    for group in optimizer.param_groups:
-                        nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    for network in (actor, critic):
+                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
@@ -629,6 +630,11 @@ class Adam(torch.optim.Adam):
     state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
 
+    @staticmethod
+    def moments(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What it remembers of ``weights``, an example of the form."""
+        return {"step": torch.zeros(()), "exp_avg": weights, "exp_avg_sq": weights}
+
 
 class Run:
     """The state of a training run outside the networks: counters, history, and the files that it leaves.
@@ -638,10 +644,10 @@ class Run:
     """
 
     def __init__(
-        self, args: Args, actor: nn.Module, critic: nn.Module, optimizer: Adam, *sessions: CheckedSession
+        self, args: Args, actor: nn.Module, critic: nn.Module, optimizers: list[Any], *sessions: CheckedSession
     ) -> None:
         """A new run; with ``args.resume``, where the checkpoint was."""
-        self.args, self.actor, self.critic, self.optimizer, self.sessions = args, actor, critic, optimizer, sessions
+        self.args, self.actor, self.critic, self.optimizers, self.sessions = args, actor, critic, optimizers, sessions
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
         self.rows: list[int] = []
@@ -721,10 +727,11 @@ class Run:
         form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
             check_form(name, state[name], example)
-        moments = state["optimizer"]["state"]  # none yet before the first update
-        weights = [each.detach() for each in self.weights()] if moments or state["update"] else []
-        example = {i: {"step": torch.zeros(()), "exp_avg": w, "exp_avg_sq": w} for i, w in enumerate(weights)}
-        check_form("optimizer", moments, example)
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
+            begun = stored["state"] or state["update"]  # there are no moments yet before the first update
+            example = {i: optimizer.moments(each) for i, each in enumerate(weights)} if begun else {}
+            check_form("optimizer", stored["state"], example)
         steps = state["steps"]
         if not steps or steps != sorted(set(steps)) or steps[-1] > state["update"]:
             raise ValueError("the rows of its history are not in order")
@@ -735,8 +742,9 @@ class Run:
             self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
-        # The moments alone: whatever else an optimiser has comes from the code and the flags.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            # The moments alone: whatever else an optimiser has comes from the code and the flags.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -753,7 +761,7 @@ class Run:
             "env_steps": self.env_steps,
             "actor": cloned(self.actor.state_dict()),
             "critic": cloned(self.critic.state_dict()),
-            "optimizer": cloned(self.optimizer.state_dict()),
+            "optimizers": [cloned(optimizer.state_dict()) for optimizer in self.optimizers],
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if self.args.cuda else None,

@@ -1714,7 +1714,7 @@ def test_one_update_changes_both_networks_and_target_kl_cuts_epochs():
         for name, weights in state.items():
             assert not torch.equal(weights, after[network][name]), f"{network} {name}"
     steps = [
-        ppo.train(ppo.Args(**quick, target_kl=kl), cartpole_session(8)).snapshot["optimizer"]["state"][0]["step"].item()
+        ppo.train(ppo.Args(**quick, target_kl=kl), cartpole_session(8)).snapshot["optimizers"][0]["state"][0]["step"]
         for kl in (1e-9, 1e9)
     ]
     assert steps == [4, 24]
@@ -1759,7 +1759,7 @@ def test_the_logged_metrics_against_an_oracle(monkeypatch):
     assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
 
 
-def test_annealing_lets_the_learning_rate_fall_linearly_and_the_entropy_bonus_with_the_cube(monkeypatch):
+def test_annealing_lets_the_learning_rate_fall_with_the_square_and_the_entropy_bonus_faster(monkeypatch):
     rates, bonuses = [], []
     original_step, original_loss = ppo.Adam.step, ppo.ppo_loss
 
@@ -1777,16 +1777,16 @@ def test_annealing_lets_the_learning_rate_fall_linearly_and_the_entropy_bonus_wi
         updates=4,
         anneal_lr=True,
         num_envs=2,
-        learning_rate=0.008,
-        ent_coef=0.64,
+        learning_rate=0.016,
+        ent_coef=0.256,
         update_epochs=1,
         num_minibatches=1,
         eval_episodes=1,
         eval_max_steps=5,
     )
     ppo.train(args, cartpole_session(2))
-    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
-    assert bonuses == pytest.approx([0.64, 0.27, 0.08, 0.01])
+    assert rates == pytest.approx([0.016, 0.009, 0.004, 0.001])
+    assert bonuses == pytest.approx([0.256, 0.081, 0.016, 0.001])
 
 
 def test_the_lean_adam_is_torch_adam():
@@ -1801,6 +1801,27 @@ def test_the_lean_adam_is_torch_adam():
             (weight * weight * (k + 1)).sum().backward()
             optimizer.step()
     assert torch.equal(*weights)
+
+
+def test_muon_takes_a_step_that_is_equally_long_in_all_directions_and_about_as_long_as_adams():
+    """Against numpy's singular value decomposition: of the gradient U S V', a first step follows U V'."""
+    matrices = [torch.nn.Parameter(torch.zeros(128, 268)) for _ in range(2)]
+    gradient = np.random.default_rng(3).normal(size=(128, 268))
+    gradient[:100] *= 0.05  # directions that few samples ask for
+    for kind, matrix in zip((pong.Muon, torch.optim.Muon), matrices, strict=True):
+        optimizer = kind([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        matrix.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+    assert torch.equal(*matrices)
+    step = -matrices[0].detach().double().numpy() / 2
+    left, lengths, right = np.linalg.svd(gradient, full_matrices=False)
+    assert lengths.max() > 30 * lengths.min()
+    own_lengths = np.linalg.svd(step, compute_uv=False)
+    assert own_lengths.max() < 2 * own_lengths.min()  # Newton and Schulz's five iterations are approximate
+    assert (step * (left @ right)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ right) > 0.9
+    assert 0.015 < np.sqrt(np.square(step).mean()) < 0.025  # 0.2 times the rate
 
 
 def test_evaluation_is_greedy_and_every_environment_counts_once():
@@ -1859,7 +1880,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed:
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs"}
+    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs", "Muon"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None"}
 
@@ -1921,12 +1942,16 @@ def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
         def step(self, action):
             return np.array([action, 255], np.uint8), float(action), False, False, {}
 
-    rates = []
-    original = pong.Adam.step
+    rates = {pong.Adam: [], pong.Muon: []}
 
-    def recorded(self, *args, **kwargs):
-        rates.append([group["lr"] for group in self.param_groups])
-        return original(self, *args, **kwargs)
+    def recorded(optimizer):
+        original = optimizer.step
+
+        def step(self, *args, **kwargs):
+            rates[optimizer].append([group["lr"] for group in self.param_groups])
+            return original(self, *args, **kwargs)
+
+        return step
 
     ended = []
     original_gae = pong.gae
@@ -1936,13 +1961,16 @@ def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
         ended.append(terminated.tolist() == (rewards != 0).tolist())
         return original_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
 
-    monkeypatch.setattr(pong.Adam, "step", recorded)
+    for optimizer in rates:
+        monkeypatch.setattr(optimizer, "step", recorded(optimizer))
     monkeypatch.setattr(pong, "gae", recorded_gae)
     flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     falling = {"learning_rate": 0.1, "critic_learning_rate": 0.4}
     pong.train(pong.Args(env_id="Bytes", updates=5, cut_at_reward=True, **falling, **flags), session)
-    assert rates == [pytest.approx([0.1 * left, 0.4 * left]) for left in (1, 0.8, 0.6, 0.4, 0.2)]
+    for optimizer, factor in (pong.Adam, 1), (pong.Muon, 2):
+        falling = [[0.1 * factor * left**2, 0.4 * factor * left**2] for left in (1, 0.8, 0.6, 0.4, 0.2)]
+        assert rates[optimizer] == [pytest.approx(each) for each in falling]
     assert ended == [True] * 5
     session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
     pong.train(pong.Args(env_id="Bytes", updates=2, **flags), session)
@@ -1981,6 +2009,13 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     after = torch.load("again.pt", weights_only=True)
     assert (after["update"], after["env_steps"], after["actor"]["inputs.count"]) == (3, 384, 384)
     assert after["history"]["avg_return"][:2] == state["history"]["avg_return"]
+    muon, adam = (optimizer["state"] for optimizer in after["optimizers"])
+    assert [moments.keys() for moments in muon.values()] == [{"momentum_buffer"}] * 4
+    assert [moments["step"] for moments in adam.values()] == [3 * 24] * 16
+    muon[0]["momentum_buffer"] = torch.zeros(1)
+    torch.save(after, "damaged.pt")
+    with pytest.raises(pong.BadInput, match=r"^damaged\.pt does not fit"):
+        pong.train(dataclasses.replace(again, resume=True, updates=4, checkpoint=Path("damaged.pt")))
 
     done = run_script("--resume", "--checkpoint", "data/rl/ppo_pong_ram.pt")
     assert done.returncode == 2
@@ -2168,7 +2203,7 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     assert (resumed["update"], resumed["env_steps"], resumed["steps"]) == (4, 1024, [0, 2, 4])
     assert resumed["args"] == {**whole["args"], "checkpoint": "half.pt", "log": "half.json", "resume": True}
     assert resumed["history"]["avg_return"][:2] == whole["history"]["avg_return"][:2]
-    assert resumed["optimizer"]["state"][0]["step"] == whole["optimizer"]["state"][0]["step"]
+    assert resumed["optimizers"][0]["state"][0]["step"] == whole["optimizers"][0]["state"][0]["step"]
     assert read_log("half.json")["steps"] == [0, 2, 4]
 
 
@@ -2377,7 +2412,7 @@ def test_the_checkpoint_is_data_only(short_run):
 
 def damage(state, name):
     """A checkpoint with one thing wrong, as ``torch.save`` would write it."""
-    moments = state["optimizer"]["state"][0]
+    moments = state["optimizers"][0]["state"][0]
     if name == "moments of another shape":
         moments["exp_avg"] = torch.zeros(1)
     elif name == "moments that only look like the weights":  # one number in memory, where Adam's kernel expects many
@@ -2445,7 +2480,8 @@ def begin_from(checkpoint):
     """What --resume does before it plays."""
     args = ppo.stored_args(ppo.Args(resume=True, checkpoint=Path(checkpoint)))
     actor, critic = networks()
-    return ppo.Run(args, actor, critic, ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True))
+    optimizer = ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
+    return ppo.Run(args, actor, critic, [optimizer])
 
 
 def same(one, other):
@@ -2517,7 +2553,7 @@ def test_a_checkpoint_with_another_value_is_taken_as_it_stands_or_refused(short_
         begun = run.state()
         for name in "update", "env_steps", "actor", "critic":
             assert same(begun[name], state[name]), name
-        assert same(begun["optimizer"]["state"], state["optimizer"]["state"])
+        assert same(begun["optimizers"][0]["state"], state["optimizers"][0]["state"])
         assert same(run.history, {name: state["history"][name] for name in ppo.SERIES})
 
 
