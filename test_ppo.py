@@ -2728,6 +2728,7 @@ def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
         while "update 5/" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGSTOP)  # lest it print a line between these two
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # a signal takes a while to arrive
         process.stdout.close()
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
