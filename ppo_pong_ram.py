@@ -8,7 +8,7 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) towards 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
+(= ln 6, undecided) to below 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -599,13 +599,13 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         # Differs from [3]: actor and critic have a learning rate each, and Muon [9] moves the matrices of their hidden
         # layers.  Of what the last minibatches have asked of a matrix, Adam would follow most what many samples share;
-        # Muon takes a step that is equally long in all directions, so that what few samples ask for is learned, too.
+        # Muon takes a step about equally long in all directions, so that what few samples ask for is learned, too.
         # Everything else is left to Adam, whose eps of 1e-5 lets weights whose gradient is next to nothing hardly move
         # ([3], detail 3).  Both are torch.optim's, which take less time to import this way (see Housekeeping).
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
-        muon = Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")  # at one rate, as long a step as Adam's
+        muon = Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")  # 0.2 times the rate for each weight
         adam = Adam(others, eps=1e-5, fused=True)
         run = Run(args, actor, critic, [muon, adam], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())

@@ -1803,7 +1803,7 @@ def test_the_lean_adam_is_torch_adam():
     assert torch.equal(*weights)
 
 
-def test_muon_takes_a_step_that_is_equally_long_in_all_directions_and_about_as_long_as_adams():
+def test_muon_takes_a_step_that_is_about_equally_long_in_all_directions():
     """Against numpy's singular value decomposition: of the gradient U S V', a first step follows U V'."""
     matrices = [torch.nn.Parameter(torch.zeros(128, 268)) for _ in range(2)]
     gradient = np.random.default_rng(3).normal(size=(128, 268))
