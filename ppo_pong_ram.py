@@ -710,33 +710,19 @@ SERIES = {  # of the log: name, colour
 }
 
 
-class Adam(torch.optim.Adam):
-    """torch.optim.Adam without its decorators for torch.compile: importing that takes as long as CartPole does."""
+def plain(optimizer: Any, *moments: str) -> Any:
+    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
 
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
-
-    @staticmethod
-    def moments(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What it remembers of ``weights``, an example of the form."""
-        return {"step": torch.zeros(()), "exp_avg": weights, "exp_avg_sq": weights}
+    moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
+    """
+    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
+    return type(optimizer.__name__, (optimizer,), methods)
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon, likewise."""
-
-    add_param_group = inspect.unwrap(torch.optim.Muon.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Muon.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
-    state_dict = inspect.unwrap(torch.optim.Muon.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Muon.load_state_dict)
-
-    @staticmethod
-    def moments(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"momentum_buffer": weights}
+Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
+Muon = plain(torch.optim.Muon, "momentum_buffer")
 
 
 class Run:
@@ -832,9 +818,11 @@ class Run:
             check_form(name, state[name], example)
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
+            example = [
+                {name: torch.zeros(()) if name == "step" else each for name in optimizer.moments} for each in weights
+            ]
             begun = stored["state"] or state["update"]  # there are no moments yet before the first update
-            example = {i: optimizer.moments(each) for i, each in enumerate(weights)} if begun else {}
-            check_form("optimizer", stored["state"], example)
+            check_form("optimizer", stored["state"], dict(enumerate(example)) if begun else {})
         steps = state["steps"]
         if not steps or steps != sorted(set(steps)) or steps[-1] > state["update"]:
             raise ValueError("the rows of its history are not in order")
