@@ -621,18 +621,22 @@ SERIES = {  # of the log: name, colour
 }
 
 
-def plain(optimizer: Any, *moments: str) -> Any:
+def plain(*moments: str) -> Callable[[Any], Any]:
     """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
-    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-    return type(optimizer.__name__, (optimizer,), methods)
+
+    def undecorated(optimizer: Any) -> Any:
+        names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+        methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+        methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
+        return type(optimizer.__name__, (optimizer,), methods)
+
+    return undecorated
 
 
-Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
+Adam = plain("step", "exp_avg", "exp_avg_sq")(torch.optim.Adam)
 
 
 class Run:

@@ -601,11 +601,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # layers.  Of what the last minibatches have asked of a matrix, Adam would follow most what many samples share;
         # Muon takes a step about equally long in all directions, so that what few samples ask for is learned, too.
         # Everything else is left to Adam, whose eps of 1e-5 lets weights whose gradient is next to nothing hardly move
-        # ([3], detail 3).  Both are torch.optim's, which take less time to import this way (see Housekeeping).
+        # ([3], detail 3).  Both stand below, in Housekeeping; Adam is torch.optim's.
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
-        muon = Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")  # 0.2 times the rate for each weight
+        muon = Muon(hidden)
         adam = Adam(others, eps=1e-5, fused=True)
         run = Run(args, actor, critic, [muon, adam], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
@@ -710,19 +710,54 @@ SERIES = {  # of the log: name, colour
 }
 
 
-def plain(optimizer: Any, *moments: str) -> Any:
+def plain(*moments: str) -> Callable[[Any], Any]:
     """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
-    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-    return type(optimizer.__name__, (optimizer,), methods)
+
+    def undecorated(optimizer: Any) -> Any:
+        names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+        methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+        methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
+        return type(optimizer.__name__, (optimizer,), methods)
+
+    return undecorated
 
 
-Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
-Muon = plain(torch.optim.Muon, "momentum_buffer")
+Adam = plain("step", "exp_avg", "exp_avg_sq")(torch.optim.Adam)
+
+
+@plain("momentum_buffer")
+class Muon(torch.optim.Optimizer):
+    """Muon [9]: momentum, as a matrix all of whose directions are made about equally long before it is the step.
+
+    torch.optim.Muon does the same in bfloat16: on a processor without instructions for it, that takes twenty times as
+    long.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
+                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # looks ahead, as Nesterov's does
+                # Its entries have a root mean square of 1 / sqrt(longer side).  Adam's steps are about 0.2 of its rate.
+                matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T for U S V^T: singular values become 0.7 to 1.2, tiny ones less (five Newton-Schulz iterations)."""
+    if len(matrix) > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
+    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [9]
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
 
 
 class Run:

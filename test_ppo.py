@@ -1804,24 +1804,31 @@ def test_the_lean_adam_is_torch_adam():
 
 
 def test_muon_takes_a_step_that_is_about_equally_long_in_all_directions():
-    """Against numpy's singular value decomposition: of the gradient U S V', a first step follows U V'."""
-    matrices = [torch.nn.Parameter(torch.zeros(128, 268)) for _ in range(2)]
-    gradient = np.random.default_rng(3).normal(size=(128, 268))
-    gradient[:100] *= 0.05  # directions that few samples ask for
-    for kind, matrix in zip((pong.Muon, torch.optim.Muon), matrices, strict=True):
-        optimizer = kind([matrix], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        matrix.grad = torch.from_numpy(gradient).float()
-        optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.step()
-    assert torch.equal(*matrices)
-    step = -matrices[0].detach().double().numpy() / 2
-    left, lengths, right = np.linalg.svd(gradient, full_matrices=False)
-    assert lengths.max() > 30 * lengths.min()
-    own_lengths = np.linalg.svd(step, compute_uv=False)
-    assert own_lengths.max() < 2 * own_lengths.min()  # Newton and Schulz's five iterations are approximate
-    assert (step * (left @ right)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ right) > 0.9
-    assert 0.015 < np.sqrt(np.square(step).mean()) < 0.025  # 0.2 times the rate
+    """Against torch.optim.Muon, and numpy's singular value decomposition: of a gradient U S V', a step follows U V'."""
+    for shape in (128, 268), (128, 128), (60, 20):
+        matrices = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+        optimizers = [
+            pong.Muon([{"params": [matrices[0]], "lr": 0.1}]),
+            torch.optim.Muon([matrices[1]], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        ]
+        for seed in range(3):
+            gradient = np.random.default_rng(seed).normal(size=shape)
+            gradient[: shape[0] // 4] *= 0.1  # directions that few samples ask for
+            for matrix, optimizer in zip(matrices, optimizers, strict=True):
+                matrix.grad = torch.from_numpy(gradient).float()
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+            ours, theirs = (matrix.detach().double().numpy() for matrix in matrices)
+            assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)  # theirs has two digits (bfloat16)
+            if seed == 0:
+                left, lengths, right = np.linalg.svd(gradient, full_matrices=False)
+                assert 0.015 < np.sqrt(np.square(ours).mean()) < 0.025  # 0.2 times the rate
+                assert -(ours * (left @ right)).sum() > 0.95 * np.linalg.norm(ours) * np.linalg.norm(left @ right)
+                polynomial = lengths / np.linalg.norm(gradient)
+                for _ in range(5):
+                    polynomial = 3.4445 * polynomial - 4.775 * polynomial**3 + 2.0315 * polynomial**5
+                expected = left @ np.diag(polynomial) @ right * -0.1 * 0.2 * math.sqrt(max(shape))
+                assert np.allclose(ours, expected, rtol=0, atol=1e-6)
 
 
 def test_evaluation_is_greedy_and_every_environment_counts_once():
@@ -1878,9 +1885,9 @@ def test_the_scripts_share_all_but_what_pong_changes():
     changed = {"Args", "Actor", "Critic", "mlp", "open_session", "train"}
     names = [name for name, value in vars(ppo).items() if getattr(value, "__module__", "") == ppo.__name__]
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
-    for name in set(names) - changed:
+    for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs", "Muon"}
+    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs", "Muon", "orthogonal"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None"}
 
