@@ -621,22 +621,18 @@ SERIES = {  # of the log: name, colour
 }
 
 
-def plain(*moments: str) -> Callable[[Any], Any]:
+def plain(optimizer: Any, *moments: str) -> Any:
     """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
-
-    def undecorated(optimizer: Any) -> Any:
-        names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-        methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-        methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-        return type(optimizer.__name__, (optimizer,), methods)
-
-    return undecorated
+    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
+    return type(optimizer.__name__, (optimizer,), methods)
 
 
-Adam = plain("step", "exp_avg", "exp_avg_sq")(torch.optim.Adam)
+Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
 
 
 class Run:

@@ -122,9 +122,9 @@ class Args:
     num_steps: int = 128
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
-    """step size of Adam for the actor; Muon's, for the matrices of the hidden layers, is twice that"""
-    critic_learning_rate: float = 5e-3
-    """likewise for the critic: larger, since its loss is a plain squared error, with no ratio to keep small"""
+    """step size of Adam for the actor; Muon's, for the matrices of its hidden layers, is twice that"""
+    critic_learning_rate: float = 1e-2
+    """of both, for the critic: larger, since its loss is a plain squared error, with no ratio to keep small"""
     anneal_lr: bool = True
     """let the learning rates fall to zero with the power 1.5 of what is left of --updates (linearly in [3], detail
     4), and the entropy bonus with their cube"""
@@ -640,12 +640,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
-            rates = (args.learning_rate, args.critic_learning_rate)
             remaining = (1 - run.update / args.updates) ** 1.5 if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
-            for optimizer, factor in ((muon, 2), (adam, 1)):
+            actor_rate, critic_rate = args.learning_rate * remaining, args.critic_learning_rate * remaining
+            for optimizer, rates in ((muon, (2 * actor_rate, critic_rate)), (adam, (actor_rate, critic_rate))):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = factor * rate * remaining
+                    group["lr"] = rate
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
@@ -710,26 +710,21 @@ SERIES = {  # of the log: name, colour
 }
 
 
-def plain(*moments: str) -> Callable[[Any], Any]:
+def plain(optimizer: Any, *moments: str) -> Any:
     """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
-
-    def undecorated(optimizer: Any) -> Any:
-        names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-        methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-        methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-        return type(optimizer.__name__, (optimizer,), methods)
-
-    return undecorated
+    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
+    return type(optimizer.__name__, (optimizer,), methods)
 
 
-Adam = plain("step", "exp_avg", "exp_avg_sq")(torch.optim.Adam)
+Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
 
 
-@plain("momentum_buffer")
-class Muon(torch.optim.Optimizer):
+class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[misc]
     """Muon [9]: momentum, as a matrix all of whose directions are made about equally long before it is the step.
 
     torch.optim.Muon does the same in bfloat16: on a processor without instructions for it, that takes twenty times as
@@ -739,12 +734,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
 
-    def step(self) -> None:  # type: ignore[override]
+    @torch.no_grad()
+    def step(self) -> None:
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
-                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # looks ahead, as Nesterov's does
+                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # Its entries have a root mean square of 1 / sqrt(longer side).  Adam's steps are about 0.2 of its rate.
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
