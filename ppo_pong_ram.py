@@ -741,7 +741,8 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
-                # Its entries have a root mean square of 1 / sqrt(longer side).  Adam's steps are about 0.2 of its rate.
+                # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
+                # which is to let one rate suit Adam and Muon (match_rms_adamw in torch.optim.Muon).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
