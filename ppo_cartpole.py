@@ -92,7 +92,7 @@ class Args:
     """PPO on CartPole-v1, or on any Gymnasium id with a Box observation and Discrete actions."""
 
     seed: int = 1
-    """fixes everything: two runs on one machine write the same numbers to the log"""
+    """fixes everything: two runs on one machine differ in nothing but the time that they take"""
     cuda: bool = False
     """run the networks on a GPU"""
     updates: int = 300
@@ -116,8 +116,8 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall to zero with the power 1.5 of what is left of --updates (linearly in [3], detail
-    4), and the entropy bonus with its cube"""
+    """let the learning rate fall to zero over --updates, linearly ([3], detail 4), and the entropy bonus with its
+    cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95
@@ -348,8 +348,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # The actor sees the rollout once more, in one piece: its batches of N may have been rounded differently from those
-    # of the loss, whose ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
+    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, small ones (of N) may be
+    # not, and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -436,7 +436,7 @@ def ppo_loss(
     detached scalars for the log.  Raises ValueError for other shapes: (B, 1) beside (B,) would become (B, B).
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
-    if shapes != {logits.shape[:-1]} or len(logits) < 2:
+    if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
         raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
@@ -470,6 +470,7 @@ def ppo_loss(
         info = {
             # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+            # Also of ratios that have moved the wrong way, whose gradient is not clipped.
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -526,17 +527,16 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # torch.optim.Adam, which takes less time to import this way (see Housekeeping).  With an eps of 1e-5 weights
-        # whose gradient is next to nothing hardly move ([3], detail 3).
-        groups = [{"params": network.parameters()} for network in (actor, critic)]
-        optimizer = Adam(groups, lr=args.learning_rate, eps=1e-5, fused=True)
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With an eps of 1e-5 weights whose gradient
+        # is next to nothing hardly move ([3], detail 3).
+        optimizer = Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
         if not run.rows:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-        elif run.awaits_verdict:  # it was interrupted then
+        elif run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
             run.evaluate_finally()
         run.start_clock()
 
@@ -559,10 +559,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
-            remaining = (1 - run.update / args.updates) ** 1.5 if args.anneal_lr else 1.0
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * remaining
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []

@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in about half an hour on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in about 20 minutes on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
@@ -34,8 +34,7 @@ References
     [5] Pardo et al. 2018, Time Limits in Reinforcement Learning, ICML
     [6] Machado et al. 2018, Revisiting the Arcade Learning Environment, JAIR 61
     [7] Karpathy 2016, Deep Reinforcement Learning: Pong from Pixels
-    [8] Chan, Golub and LeVeque 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
-    [9] Jordan et al. 2024, Muon: An Optimizer for Hidden Layers in Neural Networks
+    [8] Jordan et al. 2024, Muon: An Optimizer for Hidden Layers in Neural Networks
 
 Legend, used in shape comments
     T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, K); here (2, 134)
@@ -100,14 +99,14 @@ class Args:
     """PPO on Pong, or on any game of the Arcade Learning Environment, from the 128 bytes of its memory."""
 
     seed: int = 1
-    """fixes everything: two runs on one machine write the same numbers to the log"""
+    """fixes everything: two runs on one machine differ in nothing but the time that they take"""
     cuda: bool = False
     """run the networks on a GPU"""
-    updates: int = 610
+    updates: int = 480
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
-    eval_every: int = 20
+    eval_every: int = 40
     """updates between two evaluations of the greedy policy"""
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
@@ -122,12 +121,12 @@ class Args:
     num_steps: int = 128
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
-    """step size of Adam for the actor; Muon's, for the matrices of its hidden layers, is twice that"""
+    """step size of Adam for the actor; Muon's, for the matrices of its hidden layers, is twice that (found by trial)"""
     critic_learning_rate: float = 1e-2
-    """of both, for the critic: larger, since its loss is a plain squared error, with no ratio to keep small"""
+    """step size of Adam and of Muon for the critic: its loss is a plain squared error, with no ratio to keep small"""
     anneal_lr: bool = True
-    """let the learning rates fall to zero with the power 1.5 of what is left of --updates (linearly in [3], detail
-    4), and the entropy bonus with their cube"""
+    """let the learning rates fall to zero over --updates, linearly ([3], detail 4), and the entropy bonus with their
+    cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
@@ -196,8 +195,7 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
     if math.prod(contract.obs_shape) > MAX_INPUTS:
         raise BadInput(
-            f"{args.env_id} has observations of shape {contract.obs_shape}: pictures are not for these networks (Atari "
-            "games from memory are: ppo_pong_ram.py)"
+            f"{args.env_id} has observations of shape {contract.obs_shape}: pictures are not for these networks"
         )
     return GymnasiumSession(
         args.env_id,
@@ -274,7 +272,7 @@ from torch import nn  # noqa: E402
 
 
 class Inputs(nn.Module):
-    """What a network sees: every byte, and its changes from step to step, each in units of its standard deviation.
+    """What a network sees: every byte, and its changes from step to step, each made to have mean 0 and deviation 1.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  What is out of the ordinary is cut at five
@@ -284,18 +282,18 @@ class Inputs(nn.Module):
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
 
-    mean: torch.Tensor  # (F * K,) float64
-    variance: torch.Tensor  # (F * K,) float64
-    count: torch.Tensor  # () float64, the observations so far
+    count: torch.Tensor  # () float64, the observations so far; sums of whole numbers are exact up to 2**53
+    total: torch.Tensor  # (F * K,) float64, the sum of each number over them
+    squares: torch.Tensor  # (F * K,) float64, the sum of each number's square
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(obs_shape) != 2 or obs_shape[0] < 2:
             raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
         self.size = math.prod(obs_shape)
-        self.register_buffer("mean", torch.zeros(self.size, dtype=torch.float64))
-        self.register_buffer("variance", torch.zeros(self.size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(self.size, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(self.size, dtype=torch.float64))
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
@@ -306,26 +304,26 @@ class Inputs(nn.Module):
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        scale = torch.where(self.variance > 0, self.variance.rsqrt(), 0)  # what has never changed says nothing: 0
-        scaled = (self.raw(observations) - self.mean.float()) * scale.float()
+        count = self.count.clamp(min=1)
+        mean = self.total / count
+        variance = self.squares / count - mean.square()
+        scale = torch.where(variance > 0, variance.rsqrt(), 0)  # what has never changed says nothing: 0
+        scaled = (self.raw(observations) - mean.float()) * scale.float()
         return scaled.clamp(-5, 5)
 
     def update(self, observations: torch.Tensor) -> None:
-        """Take more observations into mean and variance ([8])."""
+        """Take more observations into means and deviations."""
         raw = self.raw(observations).flatten(0, -2).double()
-        variance, mean = torch.var_mean(raw, 0, correction=0)
-        total = self.count + len(raw)
-        share, step = len(raw) / total, mean - self.mean  # exactly 0 for what never changes
-        self.variance += share * (variance - self.variance + (1 - share) * step.square())
-        self.mean += share * step
-        self.count.copy_(total)
+        self.count += len(raw)
+        self.total += raw.sum(0)
+        self.squares += raw.square().sum(0)
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm undoes the gain of the hidden layers; what is left of it is how small an optimiser's steps are beside the
-    weights.  The last layer has no norm behind it: there the gain counts.
+    LayerNorm undoes the gain of the hidden layers: all that it still does is to make an optimiser's steps smaller
+    beside the weights.  The last layer has no norm behind it: there the gain counts.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -419,8 +417,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # The actor sees the rollout once more, in one piece: its batches of N may have been rounded differently from those
-    # of the loss, whose ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
+    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, small ones (of N) may be
+    # not, and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -507,7 +505,7 @@ def ppo_loss(
     detached scalars for the log.  Raises ValueError for other shapes: (B, 1) beside (B,) would become (B, B).
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
-    if shapes != {logits.shape[:-1]} or len(logits) < 2:
+    if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
         raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
     # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
@@ -541,6 +539,7 @@ def ppo_loss(
         info = {
             # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+            # Also of ratios that have moved the wrong way, whose gradient is not clipped.
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),
@@ -583,7 +582,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights that are not finite any more).
     """
-    torch.set_num_threads(1)  # the other cores are the emulators'
+    torch.set_num_threads(1)  # a second one, awake between its tasks, would keep a core from the emulators
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
@@ -597,11 +596,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        # Differs from [3]: actor and critic have a learning rate each, and Muon [9] moves the matrices of their hidden
-        # layers.  Of what the last minibatches have asked of a matrix, Adam would follow most what many samples share;
-        # Muon takes a step about equally long in all directions, so that what few samples ask for is learned, too.
-        # Everything else is left to Adam, whose eps of 1e-5 lets weights whose gradient is next to nothing hardly move
-        # ([3], detail 3).  Both stand below, in Housekeeping; Adam is torch.optim's.
+        # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
+        # layers.  Adam's step is mostly what many samples have in common; Muon's is about equally long in all
+        # directions of a matrix, so that what few samples ask for is learned, too.  Everything else is left to Adam,
+        # whose eps of 1e-5 lets weights whose gradient is next to nothing hardly move ([3], detail 3).  Both stand
+        # below, in Housekeeping; Adam is torch.optim's.
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -613,7 +612,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         session.reset(run.episode_seed("training"))
         if not run.rows:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-        elif run.awaits_verdict:  # it was interrupted then
+        elif run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
             run.evaluate_finally()
         run.start_clock()
 
@@ -640,12 +639,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
-            remaining = (1 - run.update / args.updates) ** 1.5 if args.anneal_lr else 1.0
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
-            actor_rate, critic_rate = args.learning_rate * remaining, args.critic_learning_rate * remaining
-            for optimizer, rates in ((muon, (2 * actor_rate, critic_rate)), (adam, (actor_rate, critic_rate))):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+            for optimizer, factor in (muon, 2), (adam, 1):
+                optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
+                optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
@@ -676,7 +674,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
                     break
 
-            # From the next rollout on, the networks' inputs are scaled by what was seen in this one, too.
+            # From the next rollout on, inputs are scaled by what was seen in this one, too.  Not earlier: the policy
+            # that acted, whose probabilities the ratio compares with, saw them as they were.
             actor.inputs.update(rollout.observations)
             critic.inputs.update(rollout.observations)
 
@@ -725,10 +724,10 @@ Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
 
 
 class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[misc]
-    """Muon [9]: momentum, as a matrix all of whose directions are made about equally long before it is the step.
+    """Muon [8]: momentum, as a matrix all of whose directions are made about equally long before it is the step.
 
-    torch.optim.Muon does the same in bfloat16: on a processor without instructions for it, that takes twenty times as
-    long.
+    torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
+    as long.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -742,7 +741,7 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
-                # which is to let one rate suit Adam and Muon (match_rms_adamw in torch.optim.Muon).
+                # as Adam's are (match_rms_adamw in torch.optim.Muon).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
@@ -751,7 +750,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     if len(matrix) > matrix.shape[1]:
         return orthogonal(matrix.T).T
     x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
-    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [9]
+    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x
