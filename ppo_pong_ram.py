@@ -277,7 +277,7 @@ class Inputs(nn.Module):
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  What is out of the ordinary is cut at five
     standard deviations.  Means and deviations are those of all rollouts so far (the first one is played and learned
-    from blind: all is 0).  They are buffers: saved with the weights, changed by nothing but ``update``.
+    from blind: all is 0), from sums that are buffers: saved with the weights, changed by nothing but ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
