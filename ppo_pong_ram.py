@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in about 20 minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in 14 to 19 minutes on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
@@ -417,8 +417,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, small ones (of N) may be
-    # not, and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
+    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, those of N perhaps not,
+    # and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -539,7 +539,7 @@ def ppo_loss(
         info = {
             # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
-            # Also of ratios that have moved the wrong way, whose gradient is not clipped.
+            # Counts ratios that have moved the wrong way, too, though their gradient is not clipped.
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
             "entropy": entropy.detach(),
             "policy_loss": policy_loss.detach(),

@@ -1437,8 +1437,9 @@ def test_shapes_that_would_broadcast_are_refused():
             ppo.gae(*wrong, 0.9, 0.9)
     batch = [torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, dtype=torch.int64)] + [torch.zeros(3)] * 3
     ppo.ppo_loss(*batch)
-    for i in range(6):
-        wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(batch)]
+    for i in range(7):  # at last all of them: a rollout that was not flattened
+        wrong = [each.unsqueeze(0).expand(2, *each.shape) if i == 6 else each for each in batch]
+        wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(wrong)]
         with pytest.raises(ValueError, match=r"logits must be \(B, A\), and all other tensors \(B,\)"):
             ppo.ppo_loss(*wrong)
     with pytest.raises(ValueError, match="B > 1"):  # what a last minibatch of one sample would be normalised to is NaN
