@@ -67,6 +67,8 @@ PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
+# Cores that this process may use.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AWAKE = 2e-3  # seconds to look at a pipe again and again: asleep at once, 8 CartPoles mostly take a seventh longer
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
@@ -620,8 +622,7 @@ class GymnasiumSession(CheckedSession):
         self._talking_to: _Server | None = None
         command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), "--env-id", env_id]
         command += ["--make-kwargs", quote(json.dumps(make_kwargs))] if make_kwargs else []
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        awake = AWAKE if cores > num_workers else 0.0  # a core for each server and for the trainer
+        awake = AWAKE if num_workers < CORES else 0.0  # a core for each server and for the trainer
         cuts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
         with self._guarded("start"):
             for envs in map(range, cuts, cuts[1:]):

@@ -72,7 +72,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import numpy as np
 import tyro
 
-from gym_bridge import CheckedSession, Contract, ContractViolation, GymnasiumSession, SessionFailure, Transition
+from gym_bridge import CORES, CheckedSession, Contract, ContractViolation, GymnasiumSession, SessionFailure, Transition
 
 # ------------------------------------- environment and command line (a first reader may go on to "actor and critic")
 
@@ -116,8 +116,8 @@ class Args:
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
     num_envs: int = 64
     """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
-    num_workers: int = 2
-    """processes that share the environments between them; changes the speed, not the numbers; the emulator is slow"""
+    num_workers: int = min(4, CORES)
+    """processes that share the environments, one for each core (up to 4); changes the speed, not the numbers"""
     num_steps: int = 128
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
@@ -638,7 +638,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise.
+            # Optimise, with a second thread, since the emulators rest meanwhile.  (Not with as many as there are cores:
+            # how a sum is shared decides how it is rounded, and a seed should be the same run with any number.)
+            torch.set_num_threads(2)
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
@@ -678,6 +680,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # that acted, whose probabilities the ratio compares with, saw them as they were.
             actor.inputs.update(rollout.observations)
             critic.inputs.update(rollout.observations)
+            torch.set_num_threads(1)
 
             # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
             # (and training goes on if they do not confirm it), and after the last update.

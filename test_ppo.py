@@ -1942,12 +1942,13 @@ def test_input_statistics_are_saved_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
+def test_pongs_rates_fall_and_its_credit_ends_at_a_reward_and_it_learns_with_two_threads(monkeypatch):
     class Bytes:
         def reset(self, seed=None):
             return np.zeros(2, np.uint8), {}
 
         def step(self, action):
+            assert torch.get_num_threads() == 1  # the other cores are the emulators'
             return np.array([action, 255], np.uint8), float(action), False, False, {}
 
     rates = {pong.Adam: [], pong.Muon: []}
@@ -1956,6 +1957,7 @@ def test_pongs_rates_fall_and_its_credit_ends_at_a_reward(monkeypatch):
         original = optimizer.step
 
         def step(self, *args, **kwargs):
+            assert torch.get_num_threads() == 2
             rates[optimizer].append([group["lr"] for group in self.param_groups])
             return original(self, *args, **kwargs)
 
@@ -2028,6 +2030,15 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     done = run_script("--resume", "--checkpoint", "data/rl/ppo_pong_ram.pt")
     assert done.returncode == 2
     assert "is not a checkpoint of ppo_cartpole.py" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be taken away on Linux only")
+def test_pong_has_a_worker_for_each_core_up_to_four():
+    """On one core of however many, one worker."""
+    assert pong.Args().num_workers == min(4, len(os.sched_getaffinity(0)))
+    code = "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); import ppo_pong_ram as pong; "
+    code += "print(pong.Args().num_workers)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE).stdout == "1\n"
 
 
 def test_pong_is_held_to_bytes_and_single_points():

@@ -58,7 +58,7 @@ def training(flags: list[str]) -> tuple[float, float]:
     """Environment steps per second of the script, collecting and learning, from update 15 to 45; its peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         files = ["--log", f"{folder}/log.json", "--checkpoint", f"{folder}/checkpoint.pt"]
-        short = ["--updates", "45", "--eval-every", "15", "--eval-max-steps", "1"]
+        short = ["--updates", "45", "--eval-every", "15", "--eval-max-steps", "1", "--num-workers", "2"]
         command = [sys.executable, str(ROOT / "ppo_pong_ram.py"), *short, *files, *flags]
         output, memory = run(command, folder)
     lines = [line for line in output.splitlines() if line.startswith(("update 15/", "update 45/"))]
