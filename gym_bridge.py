@@ -627,6 +627,11 @@ class GymnasiumSession(CheckedSession):
         with self._guarded("start"):
             for envs in map(range, cuts, cuts[1:]):
                 self._servers.append(_Server(command, envs, timeout, awake))
+            if num_workers == CORES and not server_command and hasattr(os, "sched_setaffinity"):
+                # Held to a core each: left to itself, the kernel lets two of them begin on the same one at times.
+                for server, core in zip(self._servers, sorted(os.sched_getaffinity(0)), strict=False):
+                    with contextlib.suppress(OSError):  # it may have died already
+                        os.sched_setaffinity(server.process.pid, {core})
         if wait:
             self._handshake(contract)
 

@@ -102,7 +102,7 @@ class Args:
     """fixes everything: two runs on one machine differ in nothing but the time that they take"""
     cuda: bool = False
     """run the networks on a GPU"""
-    updates: int = 480
+    updates: int = 500
     """rollouts to learn from, at most: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""

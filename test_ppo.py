@@ -2032,6 +2032,16 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     assert "is not a checkpoint of ppo_cartpole.py" in done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can be held to a core on Linux only")
+def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
+    cores = sorted(os.sched_getaffinity(0))
+    for workers in len(cores), len(cores) + 1:
+        with GymnasiumSession("CartPole-v1", CARTPOLE, workers, workers) as session:
+            held = [sorted(os.sched_getaffinity(server.process.pid)) for server in session._servers]
+            assert held == ([[core] for core in cores] if workers == len(cores) else [cores] * workers)
+            assert sorted(os.sched_getaffinity(0)) == cores  # the trainer may go where it likes
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be taken away on Linux only")
 def test_pong_has_a_worker_for_each_core_up_to_four():
     """On one core of however many, one worker."""
