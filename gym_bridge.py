@@ -575,6 +575,7 @@ class CheckedSession(ABC):
 class GymnasiumSession(CheckedSession):
     """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
 
+    num_workers: where there is one for every core, each is held to a core of its own (on Linux).
     make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
     server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
     elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
