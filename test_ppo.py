@@ -1888,7 +1888,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() ^ vars(ppo).keys() == {"FRAMES", "Inputs", "Muon", "orthogonal"}
+    assert vars(pong).keys() ^ vars(ppo).keys() == {"CORES", "FRAMES", "Inputs", "Muon", "orthogonal"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None"}
 
