@@ -593,6 +593,19 @@ def test_a_twin_is_a_session_of_its_own():
             assert session.observation.tolist() == [[1, 0]]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can be held to a core on Linux only")
+def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
+    """Not where there are more of them, nor where somebody else's command starts them."""
+    cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-u", str(HERE / "gym_bridge.py")]
+    for workers, server_command in (len(cores), None), (len(cores) + 1, None), (len(cores), command):
+        with GymnasiumSession("CartPole-v1", CARTPOLE, workers, workers, server_command=server_command) as session:
+            held = [sorted(os.sched_getaffinity(server.process.pid)) for server in session._servers]
+        alone = workers == len(cores) and server_command is None
+        assert held == ([[core] for core in cores] if alone else [cores] * workers)
+        assert sorted(os.sched_getaffinity(0)) == cores  # the trainer may go where it likes
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_reset_seeds_environment_i_with_seed_plus_i(workers):
     with GymnasiumSession("CartPole-v1", CARTPOLE, 4, workers) as session:
@@ -2030,16 +2043,6 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     done = run_script("--resume", "--checkpoint", "data/rl/ppo_pong_ram.pt")
     assert done.returncode == 2
     assert "is not a checkpoint of ppo_cartpole.py" in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can be held to a core on Linux only")
-def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
-    cores = sorted(os.sched_getaffinity(0))
-    for workers in len(cores), len(cores) + 1:
-        with GymnasiumSession("CartPole-v1", CARTPOLE, workers, workers) as session:
-            held = [sorted(os.sched_getaffinity(server.process.pid)) for server in session._servers]
-            assert held == ([[core] for core in cores] if workers == len(cores) else [cores] * workers)
-            assert sorted(os.sched_getaffinity(0)) == cores  # the trainer may go where it likes
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be taken away on Linux only")

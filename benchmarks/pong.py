@@ -4,8 +4,9 @@
     python benchmarks/pong.py -- --num-envs 32      # with flags of the script
 
 Bare: two processes, each with one environment and random actions, made by gymnasium.make and stepped in a loop.
-Training: collecting through the checked bridge and learning from it, once the emulators have started.  Evaluations are
-cut to one step, since how much they cost is a matter of --eval-every; complete runs note theirs (steps_per_second).
+Training: collecting through the checked bridge, with two workers, and learning from it, once the emulators have
+started.  Evaluations are cut to one step, since how much they cost is a matter of --eval-every; complete runs note
+theirs (steps_per_second).
 """
 
 import argparse
