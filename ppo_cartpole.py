@@ -527,9 +527,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
+        actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Adam is torch.optim's, made quicker to import (see Housekeeping).  With an eps of 1e-5 weights whose gradient
         # is next to nothing hardly move ([3], detail 3).
-        optimizer = Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
+        optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
 
@@ -583,8 +584,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
                     # critic's, which grows with the returns, would decide how far the actor's is scaled down.
-                    for network in (actor, critic):
-                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    for weights in (actor_weights, critic_weights):
+                        nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
                     infos.append(info)
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch

@@ -596,6 +596,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
+        actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers.  Adam's step is mostly what many samples have in common; Muon's is about equally long in all
         # directions of a matrix, so that what few samples ask for is learned, too.  Everything else is left to Adam,
@@ -668,8 +669,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
                     # critic's, which grows with the returns, would decide how far the actor's is scaled down.
-                    for network in (actor, critic):
-                        nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                    for weights in (actor_weights, critic_weights):
+                        nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     muon.step()
                     adam.step()
                     infos.append(info)
