@@ -92,7 +92,7 @@ class Args:
     """PPO on CartPole-v1, or on any Gymnasium id with a Box observation and Discrete actions."""
 
     seed: int = 1
-    """fixes everything: two runs on one machine differ in nothing but the time that they take"""
+    """fixes everything: two runs on one machine (without --cuda) differ in nothing but the time that they take"""
     cuda: bool = False
     """run the networks on a GPU"""
     updates: int = 300
@@ -131,7 +131,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; matters where networks share layers; clipping and Adam all but undo it"""
+    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
@@ -141,7 +141,7 @@ class Args:
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
-    """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
+    """go on from --checkpoint, with its arguments where none are given (but for paths, and what is run)"""
     watch: bool = False
     """play greedy episodes of --checkpoint in a window"""
     server_command: str | None = None
@@ -348,8 +348,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, those of N perhaps not,
-    # and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
+    # log pi(a|s) is computed again, in one large batch: batches of N may be rounded differently, and the ratio is to
+    # begin at 1.  The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -395,16 +395,16 @@ def gae(
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
-    not_terminated = 1.0 - terminated.bool().to(values.dtype)
-    not_done = 1.0 - (terminated.bool() | truncated.bool()).to(values.dtype)
+    not_terminated = ~terminated.bool()
+    not_done = not_terminated & ~truncated.bool()
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
-    deltas = rewards + gamma * not_terminated * next_values - values
+    deltas = rewards + gamma * next_values * not_terminated - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
     # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
     advantages = torch.zeros_like(deltas)
     advantage = torch.zeros_like(deltas[0])  # (N,)
     for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + gamma * gae_lambda * not_done[t] * advantage  # A_{t+1} on the right, A_t on the left
+        advantage = deltas[t] + gamma * gae_lambda * advantage * not_done[t]  # A_{t+1} on the right, A_t on the left
         advantages[t] = advantage
     return advantages
 
@@ -427,8 +427,8 @@ def ppo_loss(
 
     The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weighs each sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
-    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So one rollout will do for
+    weights a sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
+    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So a rollout can be used for
     several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
@@ -622,7 +622,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
+    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """

@@ -8,7 +8,7 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to below 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
+(= ln 6, undecided) to near 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -86,10 +86,10 @@ CONTRACT = Contract(
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-# What is shown to the networks: the memory of the last two steps, since a single one does not tell where things are
-# going, each followed by the action that led to it, one-hot: where actions are sticky, the last one is not over yet.
+# What is shown to the networks: the memory of the last two steps, since one alone shows no motion, each followed by the
+# action that led to it, one-hot, since a sticky action may still be going on.
 FRAMES = 2
-SOLVED_RETURN = 19.0  # of 21: two points lost in a game
+SOLVED_RETURN = 19.0  # 21 points to 2, on average
 MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
 FINAL_EPISODES = 30  # fresh ones, which decide whether it is solved
 
@@ -99,7 +99,7 @@ class Args:
     """PPO on Pong, or on any game of the Arcade Learning Environment, from the 128 bytes of its memory."""
 
     seed: int = 1
-    """fixes everything: two runs on one machine differ in nothing but the time that they take"""
+    """fixes everything: two runs on one machine (without --cuda) differ in nothing but the time that they take"""
     cuda: bool = False
     """run the networks on a GPU"""
     updates: int = 500
@@ -142,7 +142,7 @@ class Args:
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; matters where networks share layers; clipping and Adam all but undo it"""
+    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
     max_grad_norm: float = 0.5
     """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
     target_kl: float | None = None
@@ -152,7 +152,7 @@ class Args:
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
-    """go on from --checkpoint, with its arguments where none are given (environments begin new episodes)"""
+    """go on from --checkpoint, with its arguments where none are given (but for paths, and what is run)"""
     watch: bool = False
     """play greedy episodes of --checkpoint in a window"""
     server_command: str | None = None
@@ -272,12 +272,12 @@ from torch import nn  # noqa: E402
 
 
 class Inputs(nn.Module):
-    """What a network sees: every byte, and its changes from step to step, each made to have mean 0 and deviation 1.
+    """What a network sees: the newest bytes and action, and what has changed since the step before, scaled one by one.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
-    large such differences are, it is as easy to see as where the ball is.  What is out of the ordinary is cut at five
-    standard deviations.  Means and deviations are those of all rollouts so far (the first one is played and learned
-    from blind: all is 0), from sums that are buffers: saved with the weights, changed by nothing but ``update``.
+    large such differences are, it is as easy to see as where the ball is.  So each number is made to have mean 0 and
+    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far (until the first is
+    learned from, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -322,8 +322,8 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm undoes the gain of the hidden layers: all that it still does is to make an optimiser's steps smaller
-    beside the weights.  The last layer has no norm behind it: there the gain counts.
+    LayerNorm takes away the scale of a hidden layer's weights: their gain only makes an optimiser's steps smaller
+    beside them.  The last layer has no norm behind it: there the gain counts.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -417,8 +417,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # The actor sees the rollout once more, in one piece: large batches are rounded alike here, those of N perhaps not,
-    # and the loss's ratio is to begin at 1.  The critic sees it only now: that is cheaper than at every step.
+    # log pi(a|s) is computed again, in one large batch: batches of N may be rounded differently, and the ratio is to
+    # begin at 1.  The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
@@ -464,16 +464,16 @@ def gae(
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
-    not_terminated = 1.0 - terminated.bool().to(values.dtype)
-    not_done = 1.0 - (terminated.bool() | truncated.bool()).to(values.dtype)
+    not_terminated = ~terminated.bool()
+    not_done = not_terminated & ~truncated.bool()
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
-    deltas = rewards + gamma * not_terminated * next_values - values
+    deltas = rewards + gamma * next_values * not_terminated - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
     # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
     advantages = torch.zeros_like(deltas)
     advantage = torch.zeros_like(deltas[0])  # (N,)
     for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + gamma * gae_lambda * not_done[t] * advantage  # A_{t+1} on the right, A_t on the left
+        advantage = deltas[t] + gamma * gae_lambda * advantage * not_done[t]  # A_{t+1} on the right, A_t on the left
         advantages[t] = advantage
     return advantages
 
@@ -496,8 +496,8 @@ def ppo_loss(
 
     The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weighs each sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
-    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So one rollout will do for
+    weights a sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
+    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So a rollout can be used for
     several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
@@ -582,7 +582,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights that are not finite any more).
     """
-    torch.set_num_threads(1)  # a second one, awake between its tasks, would keep a core from the emulators
+    torch.set_num_threads(1)  # a second one, awake between its tasks, would take a core from the emulators
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
@@ -598,12 +598,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
-        # layers.  Adam's step is mostly what many samples have in common; Muon's is about equally long in all
-        # directions of a matrix, so that what few samples ask for is learned, too.  Everything else is left to Adam,
-        # whose eps of 1e-5 lets weights whose gradient is next to nothing hardly move ([3], detail 3).  Both stand
-        # below, in Housekeeping; Adam is torch.optim's.
+        # layers.  Adam's step is mostly what many samples have in common; in Muon's, all singular values are alike,
+        # so that what few samples ask for is learned, too.  Everything else is left to Adam, whose eps of 1e-5 lets
+        # weights whose gradient is next to nothing hardly move ([3], detail 3).  Both stand below, in Housekeeping;
+        # Adam is torch.optim's.
         networks = (actor.net, critic.net)
-        hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
+        hidden = [{"params": [layer[0].weight for layer in net[:2]]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
         muon = Muon(hidden)
         adam = Adam(others, eps=1e-5, fused=True)
@@ -714,7 +714,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole does.
+    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
@@ -728,7 +728,7 @@ Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
 
 
 class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[misc]
-    """Muon [8]: momentum, as a matrix all of whose directions are made about equally long before it is the step.
+    """Muon [8]: a step is the momentum, a matrix, with all of its singular values made about equal.
 
     torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
     as long.
