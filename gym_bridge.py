@@ -86,7 +86,7 @@ NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exac
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "declared shape, dtype and actions are the contract's, the declared range contains the contract's",
+    "declared_space": "declared shape, dtype and actions are the contract's; its range lies within the declared one",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",
@@ -146,16 +146,21 @@ def _show(value: object) -> str:
     """A value for an error message: with its type where that may be the point, and never a screenful."""
     try:
         text = repr(value[:120] if isinstance(value, (str, bytes, list, tuple)) else value)
-    except Exception:  # it may come from an environment, nest without end, or be an integer of 10,000 digits
+    except (Exception, SystemExit):  # an environment's, nested without end, or an integer of 10,000 digits
         return f"a {type(value).__name__} that cannot be shown"
     text = text if len(text) <= 120 else text[:117] + "..."
     plain = (int, float, str, bytes, list, tuple, dict, type(None))
     return text if isinstance(value, plain) else f"{text} ({type(value).__name__})"
 
 
-def _show_error(error: BaseException) -> str:
-    text = "".join(traceback.format_exception_only(error)).strip()  # even where an error cannot say what it is
-    return text if len(text) <= 10_000 else text[:10_000] + "..."
+def _show_error(error: BaseException, whole: bool = False) -> str:
+    """What an error says of itself; whole: with its traceback."""
+    try:
+        text = "".join((traceback.format_exception if whole else traceback.format_exception_only)(error)).strip()
+    except Exception:  # an error need not be well made
+        text = f"{type(error).__name__}, which cannot be shown"
+    most = 50_000 if whole else 10_000  # a reply has its limit, and JSON may need 12 bytes for a character
+    return text if len(text) <= most else text[:most] + "..."
 
 
 # ----------------------------------------------------------------------------------------------- contract, transition
@@ -451,6 +456,7 @@ class CheckedSession(ABC):
         self.versions: dict[str, str] = {}
         self._observation: Array | None = None
         self._dead: str | None = None
+        self._closed = False
         self._process = os.getpid()
 
     @property
@@ -516,9 +522,10 @@ class CheckedSession(ABC):
 
         Servers are gone within 3 seconds; what is in this process takes the time that it takes.
         """
-        if self._dead is None and self._process == os.getpid():
-            self._dead = "it was closed"
-            self._close(polite=True)
+        if not self._closed and self._process == os.getpid():
+            polite = self._dead is None
+            self._closed, self._dead = True, self._dead or "it was closed"
+            self._close(polite)
 
     def __enter__(self) -> CheckedSession:
         return self
@@ -551,25 +558,38 @@ class CheckedSession(ABC):
 
     @contextlib.contextmanager
     def _guarded(self, stage: str) -> Iterator[None]:
-        """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session."""
+        """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session.
+
+        Until all is well it counts as dead: to the environment that is being stepped, and to a signal handler.
+        """
         if self._dead is not None:
             raise BridgeError(f"this session is dead: {self._dead}")
         if self._process != os.getpid():  # one would take the other's reply for its own
             raise BridgeError("this session belongs to the process that opened it, not to one forked from there")
+        self._dead = f"its {stage} has not ended"
         try:
             yield
+            if self._closed:
+                raise BridgeError("the session was closed meanwhile")
+            self._dead = None
         except BaseException as error:
-            self._dead, self._observation = type(error).__name__, None  # first: what follows may be interrupted
+            closed, self._closed, self._observation = self._closed, True, None
+            failure = error
+            if isinstance(error, Exception) and not isinstance(error, SessionFailure):  # nobody has thought of it
+                failure = BridgeError(_show_error(error))
             try:
-                if isinstance(error, SessionFailure):
-                    error.stage = stage
-                    error.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
-                    if error.server is None:
-                        error.server = self._report(error.env)
-                self._dead = f"{type(error).__name__}: {error}"
+                if isinstance(failure, SessionFailure):
+                    failure.stage = stage
+                    failure.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
+                    if failure.server is None:
+                        failure.server = self._report(failure.env)
+                self._dead = f"{type(failure).__name__}: {failure}"
             finally:
-                self._close(polite=False)
-            raise
+                if not closed:
+                    self._close(polite=False)
+            if failure is error:
+                raise
+            raise failure from error
 
 
 class GymnasiumSession(CheckedSession):
@@ -723,7 +743,9 @@ class NativeSession(CheckedSession):
         for env, action in enumerate(actions.tolist()):
             try:
                 result = self._envs[env].step(action)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit, or a panic of Rust
                 raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
@@ -738,7 +760,9 @@ class NativeSession(CheckedSession):
     def _first(self, env: int, seed: int | None) -> Array:
         try:
             result = self._envs[env].reset(seed=seed)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
         if not isinstance(result, tuple) or len(result) != 2:
             raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
@@ -746,7 +770,7 @@ class NativeSession(CheckedSession):
 
     def _close(self, polite: bool) -> None:
         for env in self._envs:
-            with contextlib.suppress(Exception, SystemExit):  # an environment may raise anything, or have no close
+            with contextlib.suppress(BaseException):  # an environment may raise anything, or have no close
                 env.close()
 
 
@@ -763,6 +787,7 @@ class _Server:
         self.envs, self.timeout, self.awake, self.last_id = envs, timeout, awake, 0
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
+        command = [*map(os.fspath, command), "--num-envs", str(len(envs)), "--awake", str(awake)]
         # Where stdin, stdout or stderr is closed, a pipe would take its number, and hear what servers print.
         while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -770,7 +795,7 @@ class _Server:
         # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
-        command = [*command, "--num-envs", str(len(envs)), "--awake", str(awake), "--lifeline", str(lifeline)]
+        command += ["--lifeline", str(lifeline)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -1158,7 +1183,7 @@ def _error(error: Exception) -> dict[str, Any]:
         reply["env"] = error.env
     if isinstance(error, ContractViolation):
         return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
-    return {**reply, "traceback": "".join(traceback.format_exception(cause))[:100_000]}  # a reply has its limit
+    return {**reply, "traceback": _show_error(cause, whole=True)}
 
 
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:

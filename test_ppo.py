@@ -940,10 +940,9 @@ def test_a_fake_server_without_fault_is_understood(workplace):
 
 @pytest.mark.parametrize("command", ["no_such_command", "/", "odd_envs.py"])
 def test_a_command_that_cannot_be_run(command):
+    path = Path(command)
     with pytest.raises(BridgeError, match=rf"start: cannot start .*{command}"):
-        GymnasiumSession(
-            "CartPole-v1", CARTPOLE, server_command=[os.path.abspath(command) if "." in command else command]
-        )
+        GymnasiumSession("CartPole-v1", CARTPOLE, server_command=[path.absolute() if path.suffix else command])
 
 
 def test_a_command_is_a_list_of_words():
@@ -1035,13 +1034,81 @@ def test_a_server_behind_a_wrapper(wrapper):
     assert_gone(group)
 
 
-def test_an_environment_that_leaves_the_program():
-    """sys.exit() in an environment is its failure, not the end of the trainer."""
-    for session in odd_session("native", "raise SystemExit(0)", "step"), odd_session("1 worker", "exit()", "step"):
+@pytest.mark.parametrize("kind", ["native", "1 worker"])
+@pytest.mark.parametrize("what", ["SystemExit", "Panic"])
+def test_an_environment_that_leaves_the_program(what, kind):
+    """sys.exit() in an environment is its failure, not the end of the trainer; so is what no ``Exception`` is."""
+    case = "raise SystemExit(0)" if what == "SystemExit" else "raise type('Panic', (BaseException,), {})()"
+    session = odd_session(kind, case, "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match=f"step 2, environment 1: the environment raised .*{what}"):
+        session.step([0, 0, 0])
+
+
+def test_an_error_of_any_length_names_its_environment():
+    with odd_session("1 worker", "raise ValueError(chr(0x1F600) * 120_000)", "step") as session:
         session.reset(0)
         session.step([0, 0, 0])
-        with pytest.raises(BridgeError, match=r"step 2, environment 1: the environment raised SystemExit"):
+        with pytest.raises(BridgeError, match="step 2, environment 1: the environment raised ValueError"):
             session.step([0, 0, 0])
+
+
+@pytest.mark.parametrize("meddle", ["step([0, 0])", "reset(0)", "observation", "close()"])
+@pytest.mark.parametrize("quietly", [False, True])
+def test_an_environment_that_uses_the_session_which_steps_it(meddle, quietly):
+    """Another step within a step would be taken for this one."""
+
+    class Meddling:
+        closed = 0
+
+        def reset(self, seed=None):
+            return np.zeros(2), {}
+
+        def step(self, action):
+            with contextlib.suppress(BridgeError if quietly else ()):
+                eval(f"session.{meddle}", {"session": session})
+            return np.ones(2), 1.0, False, False, {}
+
+        def close(self):
+            self.closed += 1
+
+    meddling = Meddling()
+    session = NativeSession([native("Counting", 1, Contract((2,), 3))._envs[0], meddling], Contract((2,), 3))
+    session.reset(0)
+    if quietly and meddle != "close()":  # it was refused, and that is all
+        transition = session.step([0, 0])
+        assert (transition.observation[1].tolist(), transition.next_observation[1].tolist()) == ([0, 0], [1, 1])
+        assert (session.transitions_checked, meddling.closed) == (2, 0)
+        return
+    reason = "closed meanwhile" if meddle == "close()" else "this session is dead: its step has not ended"
+    with pytest.raises(BridgeError, match=reason):
+        session.step([0, 0])
+    with pytest.raises(BridgeError, match="dead"):
+        session.step([0, 0])
+    session.close()
+    assert meddling.closed == 1
+
+
+def test_what_nobody_has_thought_of_is_a_bridge_error():
+    class Number(np.float64):
+        def __float__(self):
+            raise ValueError("not now")
+
+    class Sly:
+        def reset(self, seed=None):
+            return np.zeros(2), {}
+
+        def step(self, action):
+            return np.zeros(2), Number(1), False, False, {}
+
+    session = NativeSession([Sly()], Contract((2,), 2))
+    session.reset(0)
+    with pytest.raises(BridgeError, match="step 1: ValueError: not now") as caught:
+        session.step([0])
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(BridgeError, match="dead"):
+        session.step([0])
 
 
 def test_ctrl_z_for_longer_than_the_deadline(workplace):
@@ -1338,8 +1405,10 @@ def mutated_lines(draw):
                 container[key] = draw(VALUES)
             elif action == "disguise":  # what a careless reader would take for the same
                 value = container[key]
-                like = [str(value), [value]]
-                like += [int(value), float(value), bool(value)] if isinstance(value, (bool, int, float)) else [None]
+                like = [str(value), [value], None]
+                for kind in (int, float, bool) if isinstance(value, (bool, int, float)) else ():
+                    with contextlib.suppress(OverflowError, ValueError):  # an infinity is no integer
+                        like.append(kind(value))
                 container[key] = draw(st.sampled_from(like))
             elif action == "delete":
                 del container[key]
