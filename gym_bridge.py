@@ -153,7 +153,7 @@ def _show(value: object) -> str:
     return text if isinstance(value, plain) else f"{text} ({type(value).__name__})"
 
 
-def _show_error(error: BaseException, whole: bool = False) -> str:
+def _show_error(error: BaseException | None, whole: bool = False) -> str:
     """What an error says of itself; whole: with its traceback."""
     try:
         text = "".join((traceback.format_exception if whole else traceback.format_exception_only)(error)).strip()

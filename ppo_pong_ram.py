@@ -603,7 +603,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # weights whose gradient is next to nothing hardly move ([3], detail 3).  Both stand below, in Housekeeping;
         # Adam is torch.optim's.
         networks = (actor.net, critic.net)
-        hidden = [{"params": [layer[0].weight for layer in net[:2]]} for net in networks]
+        hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
         muon = Muon(hidden)
         adam = Adam(others, eps=1e-5, fused=True)
