@@ -99,7 +99,7 @@ RULES = {
     "reward_finite": "a reward is finite, in float32 too",
     "reward_range": "a reward lies in the contract's range, both ends included",
     "done_type": "terminated and truncated are booleans",
-    "done_exclusive": "an episode is terminated or truncated, not both (where the contract demands it)",
+    "done_exclusive": "an episode is terminated or truncated, not both (with require_exclusive_done_flags)",
     "reset_obs": "an environment brings a first observation of its next episode exactly when one has ended",
     "action_count": "one action for each environment",
     "action_type": "an action is an integer, not a float or a boolean",

@@ -116,8 +116,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall to zero over --updates, linearly ([3], detail 4), and the entropy bonus with its
-    cube"""
+    """let the learning rate fall linearly to zero over --updates ([3], detail 4), the entropy bonus with its cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95

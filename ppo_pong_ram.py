@@ -125,8 +125,7 @@ class Args:
     critic_learning_rate: float = 1e-2
     """step size of Adam and of Muon for the critic: its loss is a plain squared error, with no ratio to keep small"""
     anneal_lr: bool = True
-    """let the learning rates fall to zero over --updates, linearly ([3], detail 4), and the entropy bonus with their
-    cube"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus with their cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
