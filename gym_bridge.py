@@ -153,7 +153,7 @@ def _show(value: object) -> str:
     return text if isinstance(value, plain) else f"{text} ({type(value).__name__})"
 
 
-def _show_error(error: BaseException | None, whole: bool = False) -> str:
+def _show_error(error: BaseException, whole: bool = False) -> str:
     """What an error says of itself; whole: with its traceback."""
     try:
         text = "".join((traceback.format_exception if whole else traceback.format_exception_only)(error)).strip()
@@ -573,11 +573,10 @@ class CheckedSession(ABC):
                 raise BridgeError("the session was closed meanwhile")
             self._dead = None
         except BaseException as error:
-            closed, self._closed, self._observation = self._closed, True, None
-            failure = error
-            if isinstance(error, Exception) and not isinstance(error, SessionFailure):  # nobody has thought of it
-                failure = BridgeError(_show_error(error))
+            self._observation, failure = None, error
             try:
+                if isinstance(error, Exception) and not isinstance(error, SessionFailure):  # nobody has thought of it
+                    failure = BridgeError(_show_error(error))
                 if isinstance(failure, SessionFailure):
                     failure.stage = stage
                     failure.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
@@ -585,11 +584,10 @@ class CheckedSession(ABC):
                         failure.server = self._report(failure.env)
                 self._dead = f"{type(failure).__name__}: {failure}"
             finally:
-                if not closed:
-                    self._close(polite=False)
-            if failure is error:
-                raise
-            raise failure from error
+                self.close()
+            if failure is not error:
+                raise failure from error
+            raise
 
 
 class GymnasiumSession(CheckedSession):
@@ -741,12 +739,7 @@ class NativeSession(CheckedSession):
         next_obs = np.empty((self.num_envs, *contract.obs_shape), contract._dtype)
         outcomes, reset_obs = [], {}
         for env, action in enumerate(actions.tolist()):
-            try:
-                result = self._envs[env].step(action)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # SystemExit, or a panic of Rust
-                raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
+            result = self._ask(env, "step", action)
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
             observation, reward, terminated, truncated, _ = result
@@ -758,20 +751,24 @@ class NativeSession(CheckedSession):
         return _Batch(next_obs, rewards, terminations, truncations, reset_obs)
 
     def _first(self, env: int, seed: int | None) -> Array:
-        try:
-            result = self._envs[env].reset(seed=seed)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
+        result = self._ask(env, "reset", seed=seed)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
         return self.contract._observation(result[0], env).copy()
 
     def _close(self, polite: bool) -> None:
-        for env in self._envs:
-            with contextlib.suppress(BaseException):  # an environment may raise anything, or have no close
-                env.close()
+        for env in range(self.num_envs):
+            with contextlib.suppress(BridgeError):  # it may have no close
+                self._ask(env, "close")
+
+    def _ask(self, env: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Whatever an environment raises is its own failure, SystemExit and a panic of Rust too; Ctrl-C is not."""
+        try:
+            return getattr(self._envs[env], method)(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- client
@@ -1174,8 +1171,9 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    wraps = isinstance(error, SessionFailure) and error.__cause__ is not None  # what an environment raised
-    cause = error.__cause__ if wraps else error
+    cause: BaseException = error
+    if isinstance(error, SessionFailure) and error.__cause__ is not None:  # what an environment raised
+        cause = error.__cause__
     if (error is cause and isinstance(error, BridgeError)) or type(cause).__name__ == "DependencyNotInstalled":
         return {"error": str(cause)}  # what cannot be done as asked; what to install
     reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else _show_error(error)}

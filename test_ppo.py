@@ -1090,6 +1090,33 @@ def test_an_environment_that_uses_the_session_which_steps_it(meddle, quietly):
     assert meddling.closed == 1
 
 
+def test_a_signal_handler_that_closes_the_session_while_it_steps():
+    session = odd_session("1 worker", "__import__('time').sleep(20)", "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    before = signal.signal(signal.SIGALRM, lambda *_: session.close())
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(BridgeError, match="step 2"):
+            session.step([0, 0, 0])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert_gone(session._servers[0].process.pid)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_an_environment_that_does_not_want_to_be_closed(error):
+    """close() raises nothing, but Ctrl-C is heard."""
+
+    class Clinging:
+        def close(self):
+            raise error
+
+    session = NativeSession([Clinging()], Contract((2,), 2))
+    with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else contextlib.nullcontext():
+        session.close()
+
+
 def test_what_nobody_has_thought_of_is_a_bridge_error():
     class Number(np.float64):
         def __float__(self):
