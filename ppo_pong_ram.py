@@ -258,14 +258,16 @@ STARTED = time.perf_counter()
 EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
-    early_args = tyro.cli(Args)
-    if not (early_args.watch or early_args.resume):
-        try:
+    try:
+        early_args = tyro.cli(Args)
+        if not (early_args.watch or early_args.resume):
             check_args(early_args)
             EARLY.append(open_session(early_args, early_args.num_envs))
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
-        except (BadInput, SessionFailure) as error:
-            stop(error, 2)
+    except (BadInput, SessionFailure) as error:
+        stop(error, 2)
+    except BrokenPipeError as error:  # --help | head
+        stop(error, 1)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

@@ -2938,3 +2938,15 @@ def test_help_names_every_flag_and_says_what_it_does():
     for argument in dataclasses.fields(ppo.Args):
         assert f"--{argument.name.replace('_', '-')}" in done.stdout
     assert "epsilon: a sample stops pushing once" in done.stdout
+
+
+def test_help_whose_reader_has_left():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, HERE / "ppo_pong_ram.py", "--help"], stdout=writer, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"ppo_pong_ram.py: [Errno 32] Broken pipe\n")
