@@ -275,13 +275,14 @@ from torch import nn  # noqa: E402
 # ---------------------------------------------------------------------------------------------------- actor and critic
 
 
-class Inputs(nn.Module):
-    """What a network sees: the newest bytes and action, and what has changed since the step before, scaled one by one.
+class Inputs(nn.Linear):
+    """A first layer, and what it sees: the newest bytes and action, and their changes since the step before, scaled.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  So each number is made to have mean 0 and
-    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far (until the first is
-    learned from, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``.
+    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far, from sums that are
+    buffers: saved with the weights, changed only by ``update``.  What has never changed says nothing, and is left out;
+    so is everything until the first rollout is learned from.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -290,14 +291,13 @@ class Inputs(nn.Module):
     total: torch.Tensor  # (F * K,) float64, the sum of each number over them
     squares: torch.Tensor  # (F * K,) float64, the sum of each number's square
 
-    def __init__(self, obs_shape: tuple[int, ...]) -> None:
-        super().__init__()
+    def __init__(self, obs_shape: tuple[int, ...], outputs: int) -> None:
         if len(obs_shape) != 2 or obs_shape[0] < 2:
             raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
-        self.size = math.prod(obs_shape)
+        super().__init__(math.prod(obs_shape), outputs)
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(self.size, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(self.size, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(self.in_features, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(self.in_features, dtype=torch.float64))
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
@@ -308,12 +308,12 @@ class Inputs(nn.Module):
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        count = self.count.clamp(min=1)
-        mean = self.total / count
-        variance = self.squares / count - mean.square()
-        scale = torch.where(variance > 0, variance.rsqrt(), 0)  # what has never changed says nothing: 0
-        scaled = (self.raw(observations) - mean.float()) * scale.float()
-        return scaled.clamp(-5, 5)
+        mean = self.total / self.count.clamp(min=1)
+        variance = self.squares / self.count.clamp(min=1) - mean.square()
+        alive = (variance > 0).nonzero().squeeze(-1)  # (L,) indices of what has ever changed: in Pong, 72 of 268
+        seen = self.raw(observations)[..., alive]  # (..., L)
+        scaled = (seen - mean[alive].float()) * variance[alive].rsqrt().float()
+        return nn.functional.linear(scaled.clamp(-5, 5), self.weight[:, alive], self.bias)
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
@@ -323,13 +323,13 @@ class Inputs(nn.Module):
         self.squares += raw.square().sum(0)
 
 
-def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
+def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
     LayerNorm takes away the scale of a hidden layer's weights: their gain only makes an optimiser's steps smaller
     beside them.  The last layer has no norm behind it: there the gain counts.
     """
-    layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
+    layers = [Inputs(obs_shape, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -346,11 +346,10 @@ class Actor(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
         super().__init__()
-        self.inputs = Inputs(obs_shape)
-        self.net = mlp(self.inputs.size, n_actions, last_gain=0.01)
+        self.net = mlp(obs_shape, n_actions, last_gain=0.01)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.net(self.inputs(observations))  # (..., *D) -> (..., A)
+        logits: torch.Tensor = self.net(observations)  # (..., *D) -> (..., A)
         return logits
 
 
@@ -362,11 +361,10 @@ class Critic(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.inputs = Inputs(obs_shape)
-        self.net = mlp(self.inputs.size, 1, last_gain=1.0)
+        self.net = mlp(obs_shape, 1, last_gain=1.0)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.net(self.inputs(observations)).squeeze(-1)  # (..., *D) -> (...)
+        values: torch.Tensor = self.net(observations).squeeze(-1)  # (..., *D) -> (...)
         return values
 
 
@@ -643,9 +641,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise, with a second thread, since the emulators rest meanwhile.  (Not with as many as there are cores:
-            # how a sum is shared decides how it is rounded, and a seed should be the same run with any number.)
-            torch.set_num_threads(2)
+            # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
@@ -683,9 +679,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # From the next rollout on, inputs are scaled by what was seen in this one, too.  Not earlier: the policy
             # that acted, whose probabilities the ratio compares with, saw them as they were.
-            actor.inputs.update(rollout.observations)
-            critic.inputs.update(rollout.observations)
-            torch.set_num_threads(1)
+            for layer in (*actor.modules(), *critic.modules()):
+                if isinstance(layer, Inputs):
+                    layer.update(rollout.observations)
 
             # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
             # (and training goes on if they do not confirm it), and after the last update.
@@ -747,10 +743,12 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
-                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
+                ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's look ahead
                 # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
                 # as Adam's are (match_rms_adamw in torch.optim.Muon).
-                matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
+                rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
+                used = ahead.any(0).nonzero().squeeze(-1)  # columns: what an input that is left out would add is 0
+                matrix[:, used] -= rate * orthogonal(ahead[:, used])
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
