@@ -311,9 +311,9 @@ class Inputs(nn.Linear):
         mean = self.total / self.count.clamp(min=1)
         variance = self.squares / self.count.clamp(min=1) - mean.square()
         alive = (variance > 0).nonzero().squeeze(-1)  # (L,) indices of what has ever changed: in Pong, 72 of 268
-        seen = self.raw(observations)[..., alive]  # (..., L)
+        seen = self.raw(observations)[..., alive]  # (..., F, K) -> (..., L)
         scaled = (seen - mean[alive].float()) * variance[alive].rsqrt().float()
-        return nn.functional.linear(scaled.clamp(-5, 5), self.weight[:, alive], self.bias)
+        return nn.functional.linear(scaled.clamp(-5, 5), self.weight[:, alive], self.bias)  # -> (..., outputs)
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
