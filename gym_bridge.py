@@ -437,7 +437,7 @@ class CheckedSession(ABC):
 
     Where one observation does not tell all, a session can show more, always of the same episode:
     append_action: each observation (a vector) is followed by the action that led to it, one-hot; zeros after a reset.
-    frame_stack: K > 1 shows the last K of them, newest last; an episode begins with its first one K times.
+    frame_stack: F > 1 shows the last F of them, newest last; an episode begins with its first one F times.
 
     Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's but for these two),
     ``transitions_checked``, ``versions`` (what the environments run on).

@@ -250,7 +250,7 @@ if __name__ == "__main__":
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
     except (BadInput, SessionFailure) as error:
         stop(error, 2)
-    except BrokenPipeError as error:  # --help | head
+    except OSError as error:  # --help | head, and nobody reads the rest
         stop(error, 1)
 
 import torch  # noqa: E402

@@ -41,6 +41,7 @@ Legend, used in shape comments
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
     F  steps that are shown, each as K numbers: 128 bytes, and the action that led there as 6 zeros and ones
+    L  inputs of a network that have ever changed, of F * K; here about 72 of 268
 """
 
 # /// script
@@ -266,7 +267,7 @@ if __name__ == "__main__":
             EARLY.append(EARLY[0].twin(early_args.eval_episodes))
     except (BadInput, SessionFailure) as error:
         stop(error, 2)
-    except BrokenPipeError as error:  # --help | head
+    except OSError as error:  # --help | head, and nobody reads the rest
         stop(error, 1)
 
 import torch  # noqa: E402
@@ -276,19 +277,19 @@ from torch import nn  # noqa: E402
 
 
 class Inputs(nn.Linear):
-    """A first layer, and what it sees: the newest bytes and action, and their changes since the step before, scaled.
+    """The first layer, which scales what it sees: the newest bytes and action, and their changes since the step before.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  So each number is made to have mean 0 and
     deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far, from sums that are
-    buffers: saved with the weights, changed only by ``update``.  What has never changed says nothing, and is left out;
-    so is everything until the first rollout is learned from.
+    buffers: saved with the weights, changed only by ``update``.  What has never changed says nothing, and is left out:
+    until the first update has ended that is everything, and the output is the bias.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
 
-    count: torch.Tensor  # () float64, the observations so far; sums of whole numbers are exact up to 2**53
-    total: torch.Tensor  # (F * K,) float64, the sum of each number over them
+    count: torch.Tensor  # () float64, the observations so far
+    total: torch.Tensor  # (F * K,) float64, the sum of each number over them; exact, as whole numbers are up to 2**53
     squares: torch.Tensor  # (F * K,) float64, the sum of each number's square
 
     def __init__(self, obs_shape: tuple[int, ...], outputs: int) -> None:
@@ -310,7 +311,7 @@ class Inputs(nn.Linear):
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         mean = self.total / self.count.clamp(min=1)
         variance = self.squares / self.count.clamp(min=1) - mean.square()
-        alive = (variance > 0).nonzero().squeeze(-1)  # (L,) indices of what has ever changed: in Pong, 72 of 268
+        alive = (variance > 0).nonzero().squeeze(-1)  # (L,) indices
         seen = self.raw(observations)[..., alive]  # (..., F, K) -> (..., L)
         scaled = (seen - mean[alive].float()) * variance[alive].rsqrt().float()
         return nn.functional.linear(scaled.clamp(-5, 5), self.weight[:, alive], self.bias)  # -> (..., outputs)
@@ -326,8 +327,8 @@ class Inputs(nn.Linear):
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm takes away the scale of a hidden layer's weights: their gain only makes an optimiser's steps smaller
-    beside them.  The last layer has no norm behind it: there the gain counts.
+    LayerNorm takes away the scale of a hidden layer's weights: a larger gain only makes each step of an optimiser
+    smaller beside them.  The last layer has no norm behind it: there the gain counts.
     """
     layers = [Inputs(obs_shape, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -602,8 +603,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers.  Adam's step is mostly what many samples have in common; in Muon's, all singular values are alike,
         # so that what few samples ask for is learned, too.  Everything else is left to Adam, whose eps of 1e-5 lets
-        # weights whose gradient is next to nothing hardly move ([3], detail 3).  Both stand below, in Housekeeping;
-        # Adam is torch.optim's.
+        # weights whose gradient is next to nothing hardly move ([3], detail 3).  Muon and Adam stand below, in
+        # Housekeeping; Adam is torch.optim's.
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -677,7 +678,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
                     break
 
-            # From the next rollout on, inputs are scaled by what was seen in this one, too.  Not earlier: the policy
+            # From here on, inputs are scaled by what was seen in this rollout, too.  Not earlier: the policy
             # that acted, whose probabilities the ratio compares with, saw them as they were.
             for layer in (*actor.modules(), *critic.modules()):
                 if isinstance(layer, Inputs):
@@ -744,10 +745,10 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's look ahead
-                # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
-                # as Adam's are (match_rms_adamw in torch.optim.Muon).
+                used = ahead.any(0).nonzero().squeeze(-1)  # columns; the others, without a gradient so far, stay
+                # The entries of U V^T have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of
+                # the rate, as Adam's are (match_rms_adamw in torch.optim.Muon), where all columns are used.
                 rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
-                used = ahead.any(0).nonzero().squeeze(-1)  # columns: what an input that is left out would add is 0
                 matrix[:, used] -= rate * orthogonal(ahead[:, used])
 
 

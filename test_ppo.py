@@ -2949,13 +2949,12 @@ def test_help_names_every_flag_and_says_what_it_does():
     assert "epsilon: a sample stops pushing once" in done.stdout
 
 
-def test_help_whose_reader_has_left():
+@pytest.mark.parametrize("script", ["ppo_cartpole.py", "ppo_pong_ram.py"])
+def test_help_whose_reader_has_left(script):
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run(
-            [sys.executable, HERE / "ppo_pong_ram.py", "--help"], stdout=writer, stderr=subprocess.PIPE
-        )
+        done = subprocess.run([sys.executable, HERE / script, "--help"], stdout=writer, stderr=subprocess.PIPE)
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"ppo_pong_ram.py: [Errno 32] Broken pipe\n")
+    assert (done.returncode, done.stderr.decode()) == (1, f"{script}: [Errno 32] Broken pipe\n")
