@@ -41,7 +41,6 @@ Legend, used in shape comments
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
     F  steps that are shown, each as K numbers: 128 bytes, and the action that led there as 6 zeros and ones
-    L  inputs of a network that have ever changed, of F * K; here about 72 of 268
 """
 
 # /// script
@@ -276,14 +275,13 @@ from torch import nn  # noqa: E402
 # ---------------------------------------------------------------------------------------------------- actor and critic
 
 
-class Inputs(nn.Linear):
-    """The first layer, which scales what it sees: the newest bytes and action, and their changes since the step before.
+class Inputs(nn.Module):
+    """What a network sees: the newest bytes and action, and their changes since the step before, scaled one by one.
 
     A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
     large such differences are, it is as easy to see as where the ball is.  So each number is made to have mean 0 and
-    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far, from sums that are
-    buffers: saved with the weights, changed only by ``update``.  What has never changed says nothing, and is left out:
-    until the first update has ended that is everything, and the output is the bias.
+    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far (until the first
+    update has ended, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -292,13 +290,14 @@ class Inputs(nn.Linear):
     total: torch.Tensor  # (F * K,) float64, the sum of each number over them; exact, as whole numbers are up to 2**53
     squares: torch.Tensor  # (F * K,) float64, the sum of each number's square
 
-    def __init__(self, obs_shape: tuple[int, ...], outputs: int) -> None:
+    def __init__(self, obs_shape: tuple[int, ...]) -> None:
+        super().__init__()
         if len(obs_shape) != 2 or obs_shape[0] < 2:
             raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
-        super().__init__(math.prod(obs_shape), outputs)
+        self.size = math.prod(obs_shape)
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(self.in_features, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(self.in_features, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(self.size, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(self.size, dtype=torch.float64))
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
@@ -309,12 +308,12 @@ class Inputs(nn.Linear):
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        mean = self.total / self.count.clamp(min=1)
-        variance = self.squares / self.count.clamp(min=1) - mean.square()
-        alive = (variance > 0).nonzero().squeeze(-1)  # (L,) indices
-        seen = self.raw(observations)[..., alive]  # (..., F, K) -> (..., L)
-        scaled = (seen - mean[alive].float()) * variance[alive].rsqrt().float()
-        return nn.functional.linear(scaled.clamp(-5, 5), self.weight[:, alive], self.bias)  # -> (..., outputs)
+        count = self.count.clamp(min=1)
+        mean = self.total / count
+        variance = self.squares / count - mean.square()
+        scale = torch.where(variance > 0, variance.rsqrt(), 0)  # what has never changed says nothing: 0
+        scaled = (self.raw(observations) - mean.float()) * scale.float()
+        return scaled.clamp(-5, 5)
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
@@ -324,13 +323,13 @@ class Inputs(nn.Linear):
         self.squares += raw.square().sum(0)
 
 
-def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
+def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
     LayerNorm takes away the scale of a hidden layer's weights: a larger gain only makes each step of an optimiser
     smaller beside them.  The last layer has no norm behind it: there the gain counts.
     """
-    layers = [Inputs(obs_shape, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
+    layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -347,10 +346,11 @@ class Actor(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
         super().__init__()
-        self.net = mlp(obs_shape, n_actions, last_gain=0.01)
+        self.inputs = Inputs(obs_shape)
+        self.net = mlp(self.inputs.size, n_actions, last_gain=0.01)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.net(observations)  # (..., *D) -> (..., A)
+        logits: torch.Tensor = self.net(self.inputs(observations))  # (..., *D) -> (..., A)
         return logits
 
 
@@ -362,10 +362,11 @@ class Critic(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.net = mlp(obs_shape, 1, last_gain=1.0)
+        self.inputs = Inputs(obs_shape)
+        self.net = mlp(self.inputs.size, 1, last_gain=1.0)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.net(observations).squeeze(-1)  # (..., *D) -> (...)
+        values: torch.Tensor = self.net(self.inputs(observations)).squeeze(-1)  # (..., *D) -> (...)
         return values
 
 
@@ -642,7 +643,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise.
+            # Optimise, with a second thread, since the emulators rest meanwhile.  (Not with as many as there are cores:
+            # how a sum is shared decides how it is rounded, and a seed should be the same run with any number.  Where
+            # other work wants the cores, too, start this with OMP_WAIT_POLICY=passive: threads wait awake otherwise.)
+            torch.set_num_threads(2)
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
@@ -680,9 +684,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # From here on, inputs are scaled by what was seen in this rollout, too.  Not earlier: the policy
             # that acted, whose probabilities the ratio compares with, saw them as they were.
-            for layer in (*actor.modules(), *critic.modules()):
-                if isinstance(layer, Inputs):
-                    layer.update(rollout.observations)
+            actor.inputs.update(rollout.observations)
+            critic.inputs.update(rollout.observations)
+            torch.set_num_threads(1)
 
             # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
             # (and training goes on if they do not confirm it), and after the last update.
@@ -744,12 +748,11 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
-                ahead = matrix.grad.lerp(momentum, 0.95)  # Nesterov's look ahead
-                used = ahead.any(0).nonzero().squeeze(-1)  # columns; the others, without a gradient so far, stay
-                # The entries of U V^T have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of
-                # the rate, as Adam's are (match_rms_adamw in torch.optim.Muon), where all columns are used.
-                rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
-                matrix[:, used] -= rate * orthogonal(ahead[:, used])
+                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
+                # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
+                # as Adam's are (match_rms_adamw in torch.optim.Muon); 0.3 in the first layer, here, where most columns
+                # never have a gradient, since most inputs never change.
+                matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
