@@ -750,8 +750,8 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
-                # as Adam's are (match_rms_adamw in torch.optim.Muon); 0.3 in the first layer, here, where most columns
-                # never have a gradient, since most inputs never change.
+                # as Adam's are (match_rms_adamw in torch.optim.Muon); about 0.3 in the first layer, where most columns
+                # have no gradient, since their inputs never change.
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
