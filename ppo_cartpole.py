@@ -119,7 +119,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall linearly to zero over --updates ([3], detail 4), the entropy bonus with its cube"""
+    """let the learning rate fall linearly to zero over --updates ([3], detail 4), the entropy bonus as its cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95
@@ -397,7 +397,7 @@ def gae(
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must have one shape")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
-    # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
+    # Either way the trace is cut (later errors count nothing), since the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
@@ -431,9 +431,9 @@ def ppo_loss(
 
     The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weights a sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
-    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So a rollout can be used for
-    several epochs (passes).
+    weights a sample by how much likelier its action has become since (the ratio; where it is 1, its gradient is just
+    grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
+    its advantage asks for.  So a rollout can be used for several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
     acted; advantages (B,), B > 1, normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
@@ -442,7 +442,7 @@ def ppo_loss(
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
         raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
-    # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
+    # r_t(theta) = pi(a|s) / pi_old(a|s), theta being the actor's weights                  [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
@@ -454,9 +454,9 @@ def ppo_loss(
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
-    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero; its ratio
-    # may still move with the gradients of other samples.  On the other side nothing is clipped, so that a step in the
-    # wrong direction can be undone.
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There the sample's gradient is
+    # zero; its ratio may still move with the gradients of other samples.  On the other side nothing is clipped, so that
+    # a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -467,7 +467,7 @@ def ppo_loss(
     # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
 
-    # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
+    # L = -L_clip + c_1 * L_vf - c_2 * S, c_1 and c_2 being vf_coef and ent_coef           [1], eq. 9, negated
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
 
     with torch.no_grad():
@@ -512,8 +512,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
-    (default: a twin of the session).  Both are closed at the end.  ``args.resume`` takes weights, counters and history
-    from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    (default: more environments of the session's kind).  Both are closed at the end.  ``args.resume`` takes weights,
+    counters and history from the checkpoint, and everything else from ``args``: filling in the stored arguments is
+    main()'s work.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights that are not finite any more).
     """
@@ -559,13 +560,13 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gamma,
                 args.gae_lambda,
             )  # (T, N)
-            targets = advantages + rollout.values  # TD(lambda), from advantages not yet normalised ([3], detail 5)
+            targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
+            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr gone before the rates: explore, then settle
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()

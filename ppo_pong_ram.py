@@ -8,7 +8,7 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to near 0.69 (= ln 2: sure of the move, and either of the two actions that stand for it will do).
+(= ln 6, undecided) to between 0.5 and 1 (ln 2 = 0.69 is: sure of the move, either of the two actions for it will do).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -128,7 +128,7 @@ class Args:
     critic_learning_rate: float = 1e-2
     """step size of Adam and of Muon for the critic: its loss is a plain squared error, with no ratio to keep small"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus with their cube"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus as their cube"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
@@ -466,7 +466,7 @@ def gae(
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must have one shape")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
-    # Either way the sum over later errors (the trace) stops here, since the next row belongs to another episode.
+    # Either way the trace is cut (later errors count nothing), since the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
@@ -500,9 +500,9 @@ def ppo_loss(
 
     The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weights a sample by how much likelier its action has become since (the ratio), and ignores a sample once its ratio
-    has moved by more than ``clip_coef`` in the direction that its advantage asks for.  So a rollout can be used for
-    several epochs (passes).
+    weights a sample by how much likelier its action has become since (the ratio; where it is 1, its gradient is just
+    grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
+    its advantage asks for.  So a rollout can be used for several epochs (passes).
 
     logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
     acted; advantages (B,), B > 1, normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
@@ -511,7 +511,7 @@ def ppo_loss(
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
         raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
-    # r_t(theta) = pi(a|s) / pi_old(a|s)                                                   [1], section 3
+    # r_t(theta) = pi(a|s) / pi_old(a|s), theta being the actor's weights                  [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
@@ -523,9 +523,9 @@ def ppo_loss(
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
-    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps.  There the sample's gradient is zero; its ratio
-    # may still move with the gradients of other samples.  On the other side nothing is clipped, so that a step in the
-    # wrong direction can be undone.
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There the sample's gradient is
+    # zero; its ratio may still move with the gradients of other samples.  On the other side nothing is clipped, so that
+    # a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -536,7 +536,7 @@ def ppo_loss(
     # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
 
-    # L = -L_clip + c_1 * L_vf - c_2 * S                                                   [1], eq. 9, negated
+    # L = -L_clip + c_1 * L_vf - c_2 * S, c_1 and c_2 being vf_coef and ent_coef           [1], eq. 9, negated
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
 
     with torch.no_grad():
@@ -581,8 +581,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
     session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
-    (default: a twin of the session).  Both are closed at the end.  ``args.resume`` takes weights, counters and history
-    from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    (default: more environments of the session's kind).  Both are closed at the end.  ``args.resume`` takes weights,
+    counters and history from the checkpoint, and everything else from ``args``: filling in the stored arguments is
+    main()'s work.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights that are not finite any more).
     """
@@ -602,10 +603,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
-        # layers.  Adam's step is mostly what many samples have in common; in Muon's, all singular values are alike,
-        # so that what few samples ask for is learned, too.  Everything else is left to Adam, whose eps of 1e-5 lets
-        # weights whose gradient is next to nothing hardly move ([3], detail 3).  Muon and Adam stand below, in
-        # Housekeeping; Adam is torch.optim's.
+        # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
+        # common; Muon's is a matrix whose singular values are all about equal, so that what few samples ask for is
+        # learned, too.  Everything else is left to Adam, whose eps of 1e-5 lets weights whose gradient is next to
+        # nothing hardly move ([3], detail 3).  Muon and Adam stand below, in Housekeeping; Adam is torch.optim's.
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -628,7 +629,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Estimate advantages, and from them what the critic should have said.
             # Differs from the paper: as in [7], credit ends with a point, as if the game did.  What a shot means for
             # later points is ignored; in return, no advantage carries the noise of the rallies after it.
-            cut = args.env_id == ENV_ID if args.cut_at_reward is None else args.cut_at_reward
+            cut = (args.env_id == ENV_ID) if args.cut_at_reward is None else args.cut_at_reward
             decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
             advantages = gae(
                 rollout.rewards,
@@ -639,7 +640,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gamma,
                 args.gae_lambda,
             )  # (T, N)
-            targets = advantages + rollout.values  # TD(lambda), from advantages not yet normalised ([3], detail 5)
+            targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
@@ -648,7 +649,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # other work wants the cores, too, start this with OMP_WAIT_POLICY=passive: threads wait awake otherwise.)
             torch.set_num_threads(2)
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            entropy_bonus = args.ent_coef * remaining**3  # gone long before the rates: explore, then settle
+            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr gone before the rates: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's

@@ -8,13 +8,17 @@ Their seeds are others than those of any evaluation in training.
 """
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ppo_cartpole
+import ppo_pong_ram
+
+SCRIPTS = {"ppo_cartpole.py": ppo_cartpole, "ppo_pong_ram.py": ppo_pong_ram}
 
 
 def main() -> None:
@@ -27,20 +31,20 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| checkpoint | environment steps | greedy return | standard error |\n|---|---:|---:|---:|")
     for path in args.checkpoints:
-        state = torch.load(path, weights_only=True)
-        name = state["script"].removesuffix(".py")
-        if name not in ("ppo_cartpole", "ppo_pong_ram"):
-            sys.exit(f"{path} is a checkpoint of {name}, which is not known here")
-        script = importlib.import_module(name)
+        try:
+            state = torch.load(path, weights_only=True)
+            script = SCRIPTS[state["script"]]
+        except Exception as failure:  # a damaged file can raise anything
+            parser.error(f"{path} is not a readable checkpoint of these scripts ({type(failure).__name__}: {failure})")
         given = {"env_id": args.env_id} if args.env_id else {}
         try:
             flags = script.stored_args(script.Args(checkpoint=path, **given))
-        except script.BadInput as error:
-            sys.exit(str(error))
-        with script.open_session(flags, args.games) as session:
-            actor = script.Actor(session.obs_shape, session.contract.n_actions)
-            actor.load_state_dict(state["actor"])
-            returns = script.evaluate(session, actor, args.seed, flags.eval_max_steps)
+            with script.open_session(flags, args.games) as session:
+                actor = script.Actor(session.obs_shape, session.contract.n_actions)
+                actor.load_state_dict(state["actor"])
+                returns = script.evaluate(session, actor, args.seed, flags.eval_max_steps)
+        except (script.BadInput, RuntimeError) as failure:  # RuntimeError: a session's, or weights that do not fit
+            parser.error(f"{path}: {failure}")
         error = returns.std(ddof=1) / len(returns) ** 0.5
         print(
             f"| {path} | {state['env_steps']:,} | {returns.mean():.2f} ± {returns.std():.2f} | {error:.2f} |",
