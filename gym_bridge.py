@@ -639,7 +639,7 @@ class GymnasiumSession(CheckedSession):
         self._connected = False
         self._servers: list[_Server] = []
         self._talking_to: _Server | None = None
-        command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), "--env-id", env_id]
+        command = [*(server_command or [sys.executable, "-u", os.path.abspath(__file__)]), f"--env-id={env_id}"]
         command += ["--make-kwargs", quote(json.dumps(make_kwargs))] if make_kwargs else []
         awake = AWAKE if num_workers < CORES else 0.0  # a core for each server and for the trainer
         cuts = [worker * self.num_envs // num_workers for worker in range(num_workers + 1)]
@@ -1101,11 +1101,15 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner for each environment
         gymnasium.register_envs(ale_py)
         versions["ale_py"] = ale_py.__version__
+    module, colon, _ = env_id.rpartition(":")
+    if colon and (not module or ":" in module):
+        raise BridgeError(f"cannot make {env_id}: an id may name one module, as in my_module:MyEnv-v0")
     try:
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
-    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
-        asked = [f"'{env_id.partition(':')[0]}'", *(f"argument '{name}'" for name in make_kwargs)]
-        if not isinstance(error, gymnasium.error.Error) and not any(what in str(error) for what in asked):
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        known = isinstance(error, gymnasium.error.Error) or (isinstance(error, ImportError) and not module)
+        asked = [f"'{module}'", *(f"argument '{name}'" for name in make_kwargs)]
+        if not known and not any(what in str(error) for what in asked):
             raise  # a fault within: its traceback tells where
         raise BridgeError(f"cannot make {env_id}: {error}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
@@ -1248,9 +1252,20 @@ def _watch(wire_in: int) -> None:
     hang_up.register(wire_in, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
     while not hang_up.poll(250):
         pass
+    deadline = time.monotonic() + TIMEOUT  # what lies in the pipe, as when a person has piped it in, is answered first
+    while _unread(wire_in) and time.monotonic() < deadline:
+        time.sleep(0.05)
     time.sleep(CLOSE_GRACE + TERMINATE_GRACE)  # a trainer that is closing the session is through with it by then
     os.killpg(0, signal.SIGKILL)
     os._exit(1)  # the first process of a container does not hear a signal from inside
+
+
+def _unread(wire_in: int) -> int:
+    """Bytes that lie in a pipe or a socket."""
+    import fcntl
+    import termios
+
+    return int.from_bytes(fcntl.ioctl(wire_in, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def json_object(text: str) -> Any:

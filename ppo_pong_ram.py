@@ -195,6 +195,9 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
+    if len(contract.obs_shape) != 1 or contract.obs_dtype != "uint8":
+        shown = f"{contract.obs_dtype} of shape {contract.obs_shape}"
+        raise BadInput(f"{args.env_id} shows {shown}: this script wants a vector of bytes (uint8), such as a memory")
     if math.prod(contract.obs_shape) > MAX_INPUTS:
         raise BadInput(
             f"{args.env_id} has observations of shape {contract.obs_shape}: pictures are not for these networks"
@@ -226,7 +229,11 @@ def check_args(args: Args) -> None:
         wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
         raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
     files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
-    if len({os.path.join(os.path.realpath(path.parent), path.name) for path in files}) < 4:
+    try:
+        places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
+    except OSError as error:
+        raise BadInput(f"cannot tell where this is being run: {error}") from None
+    if len(places) < 4:
         raise BadInput(
             "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
         )
@@ -408,12 +415,14 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
     Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
     begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
     the new one begins.  Every transition has passed the session's contract.
-    Raises ContractViolation or BridgeError; then there is no rollout.
+    Raises ContractViolation, BridgeError or FloatingPointError (logits not finite); then there is no rollout.
     """
     device = next(actor.parameters()).device
     transitions: list[Transition] = []
     for _ in range(horizon):
         logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the actor's outputs are not finite: scale observations, or lower --learning-rate")
         sampled = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
         transitions.append(session.step(sampled.cpu().numpy()))
     observations, actions, rewards, next_observations, terminated, truncated = (
@@ -565,8 +574,10 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
     session.reset(seed)
     returns, playing = np.zeros(session.num_envs), np.ones(session.num_envs, bool)
     for _ in range(max_steps):
-        actions = actor(torch.from_numpy(session.observation).to(device)).argmax(-1)  # (N,)
-        transition = session.step(actions.cpu().numpy())
+        logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
+        if not logits.isfinite().all():  # argmax would choose an action all the same
+            raise FloatingPointError("the actor's outputs are not finite: scale observations, or lower --learning-rate")
+        transition = session.step(logits.argmax(-1).cpu().numpy())
         returns[playing] += transition.reward[playing]
         playing &= ~transition.done
         if not playing.any():
@@ -585,7 +596,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     counters and history from the checkpoint, and everything else from ``args``: filling in the stored arguments is
     main()'s work.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
-    full disk), FloatingPointError (weights that are not finite any more).
+    full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
     """
     torch.set_num_threads(1)  # a second one, awake between its tasks, would take a core from the emulators
     torch.manual_seed(args.seed)
@@ -779,6 +790,8 @@ class Run:
     ) -> None:
         """A new run; with ``args.resume``, where the checkpoint was."""
         self.args, self.actor, self.critic, self.optimizers, self.sessions = args, actor, critic, optimizers, sessions
+        files = [args.checkpoint, args.log, args.log.with_suffix(".svg")]
+        self.places = [Path(os.path.abspath(path)) for path in files]  # an environment may change the directory
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
         self.rows: list[int] = []
@@ -932,8 +945,8 @@ class Run:
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        if not self.rows and self.args.checkpoint.exists():  # an older run's: it may have taken long to learn
-            self.args.checkpoint.replace(f"{self.args.checkpoint}.old")
+        if not self.rows and self.places[0].exists():  # an older run's: it may have taken long to learn
+            self.places[0].replace(f"{self.places[0]}.old")
         with uninterrupted():
             self.add_row(float(returns.mean()))
         self.save()
@@ -991,9 +1004,11 @@ class Run:
         spent = {"transitions_checked": self.transitions_checked, "seconds": seconds}  # in evaluations, too
         shown = {"steps": self.rows, "history": self.history, "final_returns": final_returns}
         torch.save({**self.snapshot, **spent, **shown}, buffer)
-        replace_file(self.args.checkpoint, buffer.getvalue())
-        replace_file(self.args.log, json.dumps(self.train_log(seconds), indent=1).encode())
-        replace_file(self.args.log.with_suffix(".svg"), learning_curve(self).encode())
+        log = json.dumps(self.train_log(seconds), indent=1).encode()
+        contents = [buffer.getvalue(), log, learning_curve(self).encode(errors="replace")]
+        with contextlib.ExitStack() as attempts:  # all three are tried, whichever fails
+            for path, content in zip(self.places, contents, strict=True):
+                attempts.callback(replace_file, path, content)
 
     def train_log(self, seconds: float) -> dict[str, Any]:
         """TorchLean's TrainLog.  Two runs with the same flags differ in nothing but the last two notes."""
@@ -1115,6 +1130,7 @@ def uninterrupted() -> Iterator[None]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside, then rename: whoever looks sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # someone may have tidied up meanwhile
     try:
         part_of(path).write_bytes(content)
         os.replace(part_of(path), path)

@@ -36,6 +36,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from gymnasium.envs.classic_control import CartPoleEnv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -1309,6 +1310,23 @@ def test_a_person_who_stops_listening_or_asks_for_no_environment_or_presses_ctrl
     assert server.returncode == -signal.SIGINT
 
 
+def test_requests_piped_in_are_answered_however_long_the_start_takes(workplace):
+    """The server leads its session, as in a container: a hang-up ends it, but not before it has read everything."""
+    (workplace / "slow.py").write_text("import time\ntime.sleep(3)\n")
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "slow:CartPole-v1"]
+    requests = [
+        {"id": 1, "cmd": "reset", "seed": 1},
+        {"id": 2, "cmd": "step", "actions": [0]},
+        {"id": 3, "cmd": "close"},
+    ]
+    text = "".join(json.dumps(request) + "\n" for request in requests)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, start_new_session=True)
+    assert [(json.loads(line)["id"], json.loads(line)["ok"]) for line in done.stdout.splitlines()] == [
+        (1, True), (2, True), (3, True),
+    ]  # fmt: skip
+    assert done.returncode == 0
+
+
 def test_a_socket_that_is_hung_up_on_one_side(workplace):
     """So does an ssh that ends; the environment hangs and never reads again."""
     ours, theirs = socket.socketpair()
@@ -2169,6 +2187,13 @@ def test_pong_is_held_to_bytes_and_single_points():
         assert rewards == {0.0, -1.0}  # nobody moves: the computer scores
 
 
+@pytest.mark.parametrize(("name", "shown"), [("Odd", "float32 of shape (2,)"), ("ByteImage", "uint8 of shape (2, 3)")])
+def test_pong_wants_a_vector_of_bytes(name, shown, monkeypatch):
+    monkeypatch.setattr(pong, "MAKE_KWARGS", {})  # no obs_type: these are no games of Atari
+    with pytest.raises(pong.BadInput, match=re.escape(f"odd_envs:{name}-v0 shows {shown}: this script wants a vector")):
+        pong.open_session(pong.Args(env_id=f"odd_envs:{name}-v0"), 1)
+
+
 def test_another_atari_game_needs_no_change(monkeypatch, capsys):
     monkeypatch.setattr(pong, "FINAL_EPISODES", 2)  # games take long to start
     pong.train(tyro.cli(pong.Args, args=["--env-id", "ALE/Breakout-v5", "--updates", "1", *PONG_SHORT]))
@@ -2505,6 +2530,61 @@ def test_a_file_that_does_not_fit_on_the_disk_leaves_the_old_one_and_nothing_els
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert [path.name for path in Path().iterdir() if path.name.startswith("file")] == ["file"]
     assert Path("file").read_bytes() == b"old"
+
+
+def test_where_one_file_cannot_be_written_the_others_are():
+    run = ppo.train(ppo.Args(updates=1, eval_max_steps=1, checkpoint="away/checkpoint.pt"))
+    for path in run.places:
+        path.unlink()
+    Path("away").rmdir()
+    run.save()
+    assert all(path.is_file() for path in run.places)  # whoever removes a folder gets it back
+    run.args.log.unlink()
+    Path("away/checkpoint.pt").unlink()
+    Path("away/checkpoint.pt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        run.save()
+    assert run.args.log.is_file()
+
+
+class Wanderer(CartPoleEnv):
+    """It changes the directory that this process works in."""
+
+    def reset(self, **kwargs):
+        Path("elsewhere").mkdir(exist_ok=True)
+        os.chdir("elsewhere")
+        return super().reset(**kwargs)
+
+
+def test_files_stay_where_they_were_meant_to_be(workplace):
+    ppo.train(ppo.Args(updates=1, num_envs=2, eval_episodes=1), NativeSession([Wanderer(), Wanderer()], ppo.CONTRACT))
+    assert Path.cwd() != workplace
+    assert (workplace / ppo.Args().checkpoint).is_file()
+    assert (workplace / ppo.Args().log).is_file()
+
+
+class Blinding(CartPoleEnv):
+    """Where it ends there is nothing to be seen: the sensors say the largest number that they know."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return np.full_like(observation, np.finfo(np.float32).max), reward, terminated, truncated, info
+
+
+def test_an_actor_that_says_nan_chooses_no_action():
+    """Finite observations can be too large for a sum in float32; argmax takes a NaN for the largest."""
+    actor, critic = ppo.Actor((4,), 2), ppo.Critic((4,))
+    with torch.no_grad():
+        actor.net[1].weight.copy_(torch.tensor([2.0, 2.0, -2.0, -2.0]).expand(64, 4))
+    with (
+        NativeSession([Blinding(), Blinding()], Contract((4,), 2)) as session,
+        pytest.raises(FloatingPointError, match="scale"),
+    ):
+        ppo.evaluate(session, actor, 1, 100)
+    with NativeSession([Blinding(), Blinding()], Contract((4,), 2)) as session:
+        session.reset(1)
+        with pytest.raises(FloatingPointError, match="scale"):
+            ppo.collect_rollout(session, actor, critic, 100)
 
 
 def test_a_new_run_sets_the_checkpoint_aside_that_it_finds():
@@ -2907,6 +2987,10 @@ PERSON_ROWS = [
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
     ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),
+    ("two_modules", ["--env-id", "one:two:Some-v0"], "an id may name one module"),
+    ("no_module", ["--env-id", ":CartPole-v1"], "an id may name one module"),
+    ("like_a_flag", ["--env-id=-foo"], "Environment `-foo` doesn't exist"),
+    ("missing_package", ["--env-id", "GymV26Environment-v0"], "pip install"),
     ("continuous_actions", ["--env-id", "Pendulum-v1"], "Box(-2.0, 2.0, (1,), float32); supported is Discrete"),
     ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
     ("unlike_each_other", ["--env-id", "odd_envs:Unlike-v0"], "environment 1 declares other spaces than environment 0"),
