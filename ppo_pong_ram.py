@@ -569,6 +569,7 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
     """Undiscounted returns (N,) of the greedy policy, which always takes the most probable action.
 
     One episode in each environment: taking the first N to finish, of many, would favour the short ones.
+    Raises what collect_rollout raises.
     """
     device = next(actor.parameters()).device
     session.reset(seed)
