@@ -1111,7 +1111,9 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         asked = [f"'{module}'", *(f"argument '{name}'" for name in make_kwargs)]
         if not known and not any(what in str(error) for what in asked):
             raise  # a fault within: its traceback tells where
-        raise BridgeError(f"cannot make {env_id}: {error}") from None
+        file = getattr(sys.modules.get(module), "__file__", None)  # not the person's own, where Python has one so named
+        found = f" ({module} is {file})" if file else ""
+        raise BridgeError(f"cannot make {env_id}: {error}{found}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
         raise BridgeError(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")

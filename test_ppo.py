@@ -2987,6 +2987,7 @@ PERSON_ROWS = [
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
     ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),
+    ("module_that_python_has", ["--env-id", "json:Some-v0"], "(json is "),
     ("two_modules", ["--env-id", "one:two:Some-v0"], "an id may name one module"),
     ("no_module", ["--env-id", ":CartPole-v1"], "an id may name one module"),
     ("like_a_flag", ["--env-id=-foo"], "Environment `-foo` doesn't exist"),
