@@ -1255,8 +1255,9 @@ def _watch(wire_in: int) -> None:
     while not hang_up.poll(250):
         pass
     deadline = time.monotonic() + TIMEOUT  # what lies in the pipe, as when a person has piped it in, is answered first
-    while _unread(wire_in) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with contextlib.suppress(OSError):  # the main loop has closed it: then it has seen the end, too
+        while _unread(wire_in) and time.monotonic() < deadline:
+            time.sleep(0.05)
     time.sleep(CLOSE_GRACE + TERMINATE_GRACE)  # a trainer that is closing the session is through with it by then
     os.killpg(0, signal.SIGKILL)
     os._exit(1)  # the first process of a container does not hear a signal from inside
