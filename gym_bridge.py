@@ -1108,7 +1108,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         known = isinstance(error, gymnasium.error.Error) or (isinstance(error, ImportError) and not module)
-        asked = [f"'{module}'", *(f"argument '{name}'" for name in make_kwargs)]
+        asked = [f"'{module or env_id}'", *(f"argument '{name}'" for name in make_kwargs)]
         if not known and not any(what in str(error) for what in asked):
             raise  # a fault within: its traceback tells where
         file = getattr(sys.modules.get(module), "__file__", None)  # not the person's own, where Python has one so named

@@ -2519,6 +2519,14 @@ def test_files_that_cannot_be_are_refused_before_the_first_step():
         ppo.check_args(ppo.Args(checkpoint="x"))
 
 
+def test_a_folder_that_is_gone_is_refused_before_the_first_step():
+    Path("gone").mkdir()
+    os.chdir("gone")
+    Path("../gone").rmdir()
+    with pytest.raises(ppo.BadInput, match="cannot tell where this is being run"):
+        ppo.check_args(ppo.Args())
+
+
 def test_a_file_that_does_not_fit_on_the_disk_leaves_the_old_one_and_nothing_else():
     ppo.replace_file(Path("file"), b"old")
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
