@@ -24,9 +24,9 @@ Failure.  A reply is either exactly right, or it is an error: ``ContractViolatio
 retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
 
 The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
-bounded wait.  The trainer holds the writing end of a pipe, the lifeline, each server the reading end, and nothing is
-ever written to it.  When the trainer disappears, in whatever way, the lifeline closes, and Linux kills the server's
-process group; elsewhere the server sees that its stdin was hung up, and leaves.
+bounded wait.  For each server the trainer holds the writing end of a pipe, the lifeline, and the server the reading
+end; nothing is ever written to it.  When the trainer disappears, in whatever way, it closes, and Linux kills the
+server's process group; elsewhere the server sees that its stdin was hung up, and leaves.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
@@ -174,7 +174,8 @@ class Contract:
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
         (Held in float64: integers beyond 2**53 are rounded.)
     reward_range: (low, high).  Ends included.
-    check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.
+    check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
+        infinity is always refused: it may be a number that was too large.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
 
     Raises ValueError if it contradicts itself.
@@ -593,15 +594,15 @@ class CheckedSession(ABC):
 class GymnasiumSession(CheckedSession):
     """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
 
-    num_workers: where there is one for every core, each is held to a core of its own (on Linux).
+    num_workers: where there is one for every core, each is held to a core of its own (on Linux, here).
     make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
     server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
     elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
     The flags of the server (``--env-id`` and so on) are appended to it.
     wait: False leaves the handshake to the first ``reset``, so that servers start while the caller does other things.
 
-    Raises (here, or with ``wait=False`` in ``reset``) ContractViolation if the environment declares other spaces than
-    the contract's, BridgeError if a server does not start.
+    Raises BridgeError if the command cannot be run, and (here, or with ``wait=False`` in ``reset``) BridgeError if a
+    server does not start, ContractViolation if the environment declares other spaces than the contract's.
     """
 
     def __init__(
@@ -714,7 +715,7 @@ class GymnasiumSession(CheckedSession):
 class NativeSession(CheckedSession):
     """In-process environments (objects with Gymnasium's ``reset`` and ``step``) behind the same checks.
 
-    What an environment returns is copied at once (many overwrite their arrays) and must be exact in type and shape.
+    What an environment returns is copied at once (many overwrite their arrays), in the contract's dtype if it fits.
     An exception of an environment becomes a BridgeError; nothing here can stop one that hangs.
     """
 
@@ -968,7 +969,7 @@ def _loads(line: bytes) -> Any:
 
 
 def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] = ()) -> None:
-    if reply.keys() == required:
+    if reply.keys() == required:  # all is well: looked at first, since this is asked at every step
         return
     if missing := required - reply.keys():
         raise BridgeError(f"the reply lacks {sorted(missing)}")

@@ -134,7 +134,7 @@ class Args:
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     cut_at_reward: bool | None = None
-    """let credit end at a reward, as if the episode did; by default only in Pong, where a point ends a rally"""
+    """True or False: credit ends at a reward, as if the episode did; by default in Pong, where a point ends a rally"""
     num_minibatches: int = 8
     """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 3
@@ -168,14 +168,14 @@ class Args:
             object.__setattr__(self, field.name, value)
         counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
-            (counts + " update_epochs", lambda value: value >= 1, "must be at least 1"),
+            (counts + " update_epochs", lambda value: type(value) is int and value >= 1, "must be an integer above 0"),
             (
                 "learning_rate critic_learning_rate clip_coef max_grad_norm",
                 lambda value: 0 < value < math.inf,
                 "must be positive",
             ),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
-            ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
+            ("seed", lambda value: type(value) is int and 0 <= value < 2**63, "must be an integer in 0 .. 2**63 - 1"),
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
@@ -195,13 +195,10 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
     command = shlex.split(args.server_command) if args.server_command else None
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
-    if len(contract.obs_shape) != 1 or contract.obs_dtype != "uint8":
+    if len(contract.obs_shape) != 1 or contract.obs_dtype != "uint8" or contract.obs_shape[0] > MAX_INPUTS:
         shown = f"{contract.obs_dtype} of shape {contract.obs_shape}"
-        raise BadInput(f"{args.env_id} shows {shown}: this script wants a vector of bytes (uint8), such as a memory")
-    if math.prod(contract.obs_shape) > MAX_INPUTS:
-        raise BadInput(
-            f"{args.env_id} has observations of shape {contract.obs_shape}: pictures are not for these networks"
-        )
+        wanted = f"a vector of at most {MAX_INPUTS:,} bytes (uint8), such as a memory"
+        raise BadInput(f"{args.env_id} shows {shown}: this script wants {wanted}")
     return GymnasiumSession(
         args.env_id,
         contract,
@@ -630,7 +627,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         session.reset(run.episode_seed("training"))
         if not run.rows:  # row 0 of the log: how good is knowing nothing?
             run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-        elif run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
+        elif run.update and run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
             run.evaluate_finally()
         run.start_clock()
 
@@ -864,14 +861,17 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The opposite of ``state`` and ``save``."""
-        env_id = state["args"]["env_id"]
-        if env_id != self.args.env_id:
-            raise BadInput(f"{self.args.checkpoint} is a checkpoint of {env_id!r}, not of {self.args.env_id}")
+        for flag, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
+            if (stored := state["args"][flag]) != asked:
+                raise BadInput(f"{self.args.checkpoint} is of {flag} {stored!r}, not of {asked!r}")
         form: dict[str, Any] = {"update": 0, "env_steps": 0, "transitions_checked": 0, "seconds": 0.0, "steps": [0]}
         form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
         form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
             check_form(name, state[name], example)
+        if state["update"] > self.args.updates:
+            done = f"{self.args.checkpoint} has completed {state['update']} updates"
+            raise BadInput(f"{done}, which --updates counts, too: give more")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
             example = [
@@ -879,6 +879,8 @@ class Run:
             ]
             begun = stored["state"] or state["update"]  # there are no moments yet before the first update
             check_form("optimizer", stored["state"], dict(enumerate(example)) if begun else {})
+            # The moments alone: whatever else an optimiser has comes from the code and the flags.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
         steps = state["steps"]
         if not steps or steps != sorted(set(steps)) or steps[-1] > state["update"]:
             raise ValueError("the rows of its history are not in order")
@@ -889,9 +891,6 @@ class Run:
             self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            # The moments alone: whatever else an optimiser has comes from the code and the flags.
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
         torch.set_rng_state(state["rng"]["cpu"])
         if self.args.cuda and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -915,9 +914,6 @@ class Run:
             },
         }
 
-    def weights(self) -> list[nn.Parameter]:
-        return [*self.actor.parameters(), *self.critic.parameters()]
-
     def complete_update(
         self, rollout: Rollout, explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
@@ -925,7 +921,7 @@ class Run:
 
         Raises FloatingPointError if the update has ruined the weights; then the last one is what is kept.
         """
-        if not all(bool(weights.isfinite().all()) for weights in self.weights()):
+        if not all(weights.isfinite().all() for weights in (*self.actor.parameters(), *self.critic.parameters())):
             raise FloatingPointError(
                 "weights are no longer finite: a lower --learning-rate, or smaller rewards, may help"
             )
@@ -964,7 +960,7 @@ class Run:
         try:
             returns = [evaluate(session, self.actor, seed + first, self.args.eval_max_steps) for first in rounds]
         except SessionFailure as error:
-            error.stage = f"{purpose}, {error.stage}"
+            error.stage = f"{purpose}, {error.stage}" if error.stage else purpose
             raise
         return np.concatenate(returns)[:episodes]
 
@@ -1245,6 +1241,10 @@ def tick_distance(span: float) -> float:
 def watch(args: Args) -> None:
     """Play greedy episodes of a checkpoint in a window."""
     state = load_checkpoint(args.checkpoint)
+    # Without a display SDL, which draws, would play to nobody for minutes.
+    display = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")))
+    if sys.platform == "linux" and not display and not args.server_command:
+        raise BadInput("--watch needs a display, and there is none (benchmarks/games.py plays without a window)")
     with open_session(args, 1, render_mode="human") as session:
         actor = Actor(session.obs_shape, session.contract.n_actions)
         try:
@@ -1284,7 +1284,8 @@ def main() -> None:
     except (FloatingPointError, OSError) as error:  # OSError: a full disk, or nobody reads the output any more
         stop(error, 1)
     except SessionFailure as error:
-        stop(error, 2 if args.watch or str(error.stage).endswith("start") else 1)
+        unfit = str(error.stage).endswith("start") or (args.watch and error.stage == "reset")  # it cannot draw
+        stop(error, 2 if unfit else 1)
 
 
 if __name__ == "__main__":

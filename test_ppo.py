@@ -2377,7 +2377,8 @@ def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 ppo.train(tyro.cli(ppo.Args, args=[*SHORT, *flags]))
             assert read_log()["steps"] == [0]
-    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume"])).rows == [0, 2, 4]
+    # Evaluation 0 decides nothing, even where it has reached the goal: as in a run that was not interrupted.
+    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume", "--solved-return", "1"])).rows == [0, 2]
 
 
 def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
@@ -2488,6 +2489,21 @@ def test_a_session_of_another_size_is_refused():
     session = cartpole_session(8)
     with pytest.raises(ppo.BadInput, match="needs a session of its own"):
         ppo.train(ppo.Args(), session, session)
+
+
+def test_a_session_that_was_closed_cannot_be_evaluated_in():
+    session = cartpole_session(8)
+    closed = session.twin(1)
+    closed.close()
+    with pytest.raises(BridgeError, match="^evaluation: this session is dead: it was closed$"):
+        ppo.train(ppo.Args(), session, closed)
+
+
+@pytest.mark.parametrize("wrong", [{"updates": 2.5}, {"num_steps": "3"}, {"num_envs": True}, {"seed": 1.0}])
+def test_what_counts_is_an_integer(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be an integer"):
+        ppo.Args(**wrong)
 
 
 def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
@@ -2825,10 +2841,30 @@ def test_watch_plays_the_checkpoint(short_run):
     done = run_script(*flags, "--eval-max-steps", "5", "--cuda", SDL_VIDEODRIVER="dummy")  # as if trained on a GPU
     assert done.stdout.splitlines() == ["episode 1: return 5", "episode 2: return 5"], done.stderr
     Path("pygame.py").write_text("raise ImportError")  # as if it were not installed
-    done = run_script(*flags, PYTHONPATH=os.getcwd())
+    done = run_script(*flags, PYTHONPATH=os.getcwd(), SDL_VIDEODRIVER="dummy")
     assert done.returncode == 2
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display needs no variable")
+def test_watch_needs_a_display(short_run):
+    folder, _ = short_run
+    displays = dict.fromkeys(["DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"], "")
+    done = run_script("--watch", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), **displays)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ppo_cartpole.py: --watch needs a display")
+
+
+def test_an_environment_that_falls_ill_while_it_is_watched():
+    """That is a fault, exit code 1; an environment that cannot be shown was wrong input."""
+    Path("sick.py").write_text(SICK.replace("2500", "5"))
+    flags = ["--env-id", "sick:Sick-v0", "--eval-episodes", "2", "--eval-max-steps", "20"]
+    assert run_script("--updates", "1", "--eval-every", "1", *flags).returncode == 0
+    Path("sickness").write_text("raise OSError('ill')")
+    done = run_script("--watch", *flags, SDL_VIDEODRIVER="dummy")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "OSError: ill" in done.stderr
 
 
 def test_another_environment_needs_no_change():
@@ -2979,8 +3015,8 @@ def test_weights_that_diverge_end_the_run_with_advice():
 # name, flags, what the message says
 PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
-    ("zero_envs", ["--num-envs", "0"], "--num-envs must be at least 1"),
-    ("negative_updates", ["--updates", "-3"], "--updates must be at least 1"),
+    ("zero_envs", ["--num-envs", "0"], "--num-envs must be an integer above 0"),
+    ("negative_updates", ["--updates", "-3"], "--updates must be an integer above 0"),
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide --num-envs * --num-steps (256)"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
@@ -3025,11 +3061,19 @@ def test_bad_input_gets_one_clear_message(name, flags, message):
     assert done.stdout == (started if name == "unlike_each_other" else "")  # the others are refused before that
 
 
-def test_a_checkpoint_of_another_environment_is_refused(short_run):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env-id", "Acrobot-v1"], "is of env_id 'CartPole-v1', not of 'Acrobot-v1'"),
+        (["--seed", "4"], "is of seed 3, not of 4"),
+        (["--updates", "3"], "has completed 4 updates, which --updates counts, too: give more"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(short_run, flags, message):
     folder, _ = short_run
-    done = run_script("--resume", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--env-id", "Acrobot-v1")
+    done = run_script("--resume", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), *flags)
     assert done.returncode == 2
-    assert "is a checkpoint of 'CartPole-v1', not of Acrobot-v1" in done.stderr
+    assert done.stderr == f"ppo_cartpole.py: {folder}/data/rl/ppo_cartpole.pt {message}\n"
 
 
 def test_help_names_every_flag_and_says_what_it_does():

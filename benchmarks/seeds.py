@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--script", default="ppo_cartpole.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11))
     parser.add_argument("--keep", type=Path, help="folder for the logs, curves and checkpoints (default: none is kept)")
-    parser.add_argument("flags", nargs="*", help="after --: handed to the script")
+    parser.add_argument("flags", nargs="*", help="of the script, after --: seeds.py -- --updates 50")
     args = parser.parse_args()
     print("| seed | solved | greedy return over fresh episodes | environment steps | seconds |")
     print("|---|---|---|---|---|")
@@ -35,7 +35,8 @@ def main() -> None:
             files = ["--log", str(log), "--checkpoint", str(log.with_suffix(".pt"))]
             command = [sys.executable, str(ROOT / args.script), "--seed", str(seed), *files, *args.flags]
             started = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(code)  # it has said why
             seconds = time.perf_counter() - started
             notes = dict(note.split("=", 1) for note in json.loads(log.read_text())["notes"])
             mean, std = float(notes["final_return_mean"]), float(notes["final_return_std"])
