@@ -2495,7 +2495,7 @@ def test_a_session_that_was_closed_cannot_be_evaluated_in():
     session = cartpole_session(8)
     closed = session.twin(1)
     closed.close()
-    with pytest.raises(BridgeError, match="^evaluation: this session is dead: it was closed$"):
+    with pytest.raises(BridgeError, match=r"^evaluation: this session is dead: it was closed$"):
         ppo.train(ppo.Args(), session, closed)
 
 
