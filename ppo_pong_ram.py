@@ -114,7 +114,7 @@ class Args:
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
     eval_max_steps: int = 10_000
-    """steps after which an evaluation episode is cut short, for environments that may never end one"""
+    """steps after which an evaluation episode is cut short, its return taken as it is by then"""
     env_id: str = ENV_ID
     """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
     num_envs: int = 64
@@ -589,10 +589,10 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe).  eval_session: where the greedy policy is evaluated
-    (default: more environments of the session's kind).  Both are closed at the end.  ``args.resume`` takes weights,
-    counters and history from the checkpoint, and everything else from ``args``: filling in the stored arguments is
-    main()'s work.
+    session: where to train (default: what ``args`` describe; any other is called ``args.env_id``, whose default has a
+    goal).  eval_session: where the greedy policy is evaluated, in environments of its own (default: more of the
+    session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and history from the
+    checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
     """
@@ -798,8 +798,10 @@ class Run:
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
         self.solved_return = default if args.solved_return is None else args.solved_return
         self.started = STARTED if __name__ == "__main__" else time.perf_counter()
-        self.seconds_before, self.checked_before = 0.0, 0  # by runs that this one resumes
-        self.episode_returns = torch.zeros(args.num_envs)  # so far, of the training episodes under way
+        self.seconds_before = 0.0  # by runs that this one resumes
+        self.checked_before = -sum(session.transitions_checked for session in sessions)  # not what others did in them
+        # So far, of the training episodes under way.
+        self.episode_returns = torch.zeros(args.num_envs, dtype=torch.float64)
         self.recent: dict[str, list[float]] = {name: [] for name in SERIES}  # of completed updates since the last row
         if args.resume:
             try:
@@ -864,7 +866,8 @@ class Run:
         for flag, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
             if (stored := state["args"][flag]) != asked:
                 raise BadInput(f"{self.args.checkpoint} is of {flag} {stored!r}, not of {asked!r}")
-        form: dict[str, Any] = {"update": 0, "env_steps": 0, "transitions_checked": 0, "seconds": 0.0, "steps": [0]}
+        form: dict[str, Any] = {"update": 0, "env_steps": 0, "steps": [0]}
+        form |= {"transitions_checked": 0, "violations": 0, "seconds": 0.0}
         form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
         form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
@@ -896,7 +899,8 @@ class Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         self.update, self.env_steps = state["update"], state["env_steps"]
         self.rows, self.history = state["steps"], state["history"]
-        self.checked_before, self.seconds_before = state["transitions_checked"], state["seconds"]
+        self.checked_before += state["transitions_checked"]
+        self.seconds_before, self.violations = state["seconds"], state["violations"]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the last completed update; copies, so that it stays as it is."""
@@ -935,7 +939,7 @@ class Run:
                 self.episode_returns[done] = 0
             for name in infos[0]:
                 self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
-            if explained_variance.isfinite():  # not where all targets are equal
+            if explained_variance > -1e8:  # NaN or less where all targets are equal, or nearly so
                 self.recent["explained_variance"].append(float(explained_variance))
             self.snapshot = self.state()
         if sys.stdout.isatty():
@@ -998,9 +1002,9 @@ class Run:
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
         seconds = self.seconds
-        spent = {"transitions_checked": self.transitions_checked, "seconds": seconds}  # in evaluations, too
-        shown = {"steps": self.rows, "history": self.history, "final_returns": final_returns}
-        torch.save({**self.snapshot, **spent, **shown}, buffer)
+        state = {**self.snapshot, "steps": self.rows, "history": self.history, "final_returns": final_returns}
+        state |= {"transitions_checked": self.transitions_checked, "violations": self.violations, "seconds": seconds}
+        torch.save(state, buffer)
         log = json.dumps(self.train_log(seconds), indent=1).encode()
         contents = [buffer.getvalue(), log, learning_curve(self).encode(errors="replace")]
         with contextlib.ExitStack() as attempts:  # all three are tried, whichever fails
@@ -1193,12 +1197,13 @@ def learning_curve(run: Run) -> str:
     shown = [value for name in curves for value in run.history[name] if math.isfinite(value)] + [0.0]
     if math.isfinite(run.solved_return):
         shown.append(run.solved_return)
-    x_tick, y_tick = tick_distance(max(steps[-1], 1)), tick_distance(max(shown) - min(shown))
-    low, high = math.floor(min(shown) / y_tick) * y_tick, math.ceil(max(shown) / y_tick) * y_tick
+    x_tick, y_tick = max(tick_distance(steps[-1]), 1), tick_distance(max(shown) - min(shown))
+    y_ticks = [y_tick * k for k in range(math.floor(min(shown) / y_tick), math.ceil(max(shown) / y_tick) + 1)]
+    low, high = y_ticks[0], y_ticks[-1]
     left, bottom, width, height = 70, 350, 620, 290
     x_scale, y_scale = width / max(steps[-1], 1), height / max(high - low, y_tick)
     parts = []
-    for y in np.arange(low, high + y_tick / 2, y_tick):
+    for y in y_ticks:
         pixel = bottom - (y - low) * y_scale
         parts.append(f'<path d="M{left} {pixel:.1f}h{width}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{left - 9}" y="{pixel + 4:.1f}" text-anchor="end">{y:,g}</text>')

@@ -30,6 +30,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
@@ -2464,6 +2465,52 @@ def test_a_rollout_without_differences_does_not_spoil_the_row():
     args = ppo.Args(updates=2, eval_every=2, eval_episodes=1, eval_max_steps=1, num_envs=2, num_minibatches=2)
     run = ppo.train(args, NativeSession([Late(), Late()], Contract((1,), 2)))
     assert math.isfinite(run.history["explained_variance"][-1])
+    # All targets are 1 but for rounding: there is nothing to explain.
+    run = ppo.train(ppo.Args(updates=2, eval_every=1, eval_episodes=1, eval_max_steps=1, gamma=0.0))
+    assert not min(run.history["explained_variance"]) < -1e8
+
+
+def test_returns_are_summed_in_double_precision():
+    class Large:
+        def reset(self, seed=None):
+            self.t = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            reward = {1: 1e8, 31: -1e8}.get(self.t, 1.0)
+            return np.zeros(1, np.float32), reward, self.t == 31, False, {}
+
+    args = ppo.Args(updates=1, num_envs=2, eval_episodes=1)
+    run = ppo.train(args, NativeSession([Large(), Large()], Contract((1,), 2)))
+    assert run.history["sampled_return"][1:] == run.history["avg_return"][1:] == [29.0]
+
+
+def test_what_others_did_in_a_session_is_not_counted():
+    session = cartpole_session(8)
+    session.reset(1)
+    session.step([0] * 8)
+    run = ppo.train(ppo.Args(updates=1, eval_episodes=1, eval_max_steps=1), session)
+    assert run.transitions_checked == sum(each.transitions_checked for each in run.sessions) - 8
+
+
+@pytest.mark.parametrize("last", [0, 1, 256, 1280, 98_765, 4_096_000])
+@pytest.mark.parametrize("returns", [(0.0, 0.0), (-0.3, 0.0), (-1.0, -0.1), (-21.0, 19.4), (9.0, 500.0), (1e-3, 2e-3)])
+def test_ticks_of_the_picture(last, returns):
+    """Different numbers, evenly spaced, within the frame."""
+    history = {"avg_return": returns, "sampled_return": returns, "env_steps": (0, last)}
+    picture = ppo.learning_curve(SimpleNamespace(history=history, solved_return=math.inf, title="title"))
+    for axis, low, high in (
+        (r'x="([\d.]+)" y="370" text-anchor="middle"', 70, 690),
+        (r'y="([\d.]+)" text-anchor="end"', 64, 355),
+    ):
+        places, labels = zip(*re.findall(rf"<text [^>]*{axis}>([^<]+)<", picture), strict=True)
+        assert low <= min(map(float, places)) <= max(map(float, places)) <= high
+        assert all(re.fullmatch(r"-?[\d,.]+", label) for label in labels)  # no 2e-16 for 0
+        steps = np.diff([float(label.replace(",", "")) for label in labels])
+        assert np.allclose(steps, steps[:1])
+        assert (steps > 0).all()
+        assert 1 <= len(steps) <= 10 or returns == (0.0, 0.0)
 
 
 def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own():
@@ -2972,7 +3019,7 @@ if __name__ == "__main__":  # main() with a deadline of its own
     else:  # the same, without starting Python and torch once more
         stored = ppo.stored_args(ppo.Args(env_id="sick:Sick-v0"))
         ppo.train(dataclasses.replace(stored, resume=True, updates=11))
-    assert read_log()["steps"] == [0, 4, 8, 9, 11]
+    assert (read_log()["steps"], notes(read_log())["violations"]) == ([0, 4, 8, 9, 11], str(int(name == "nan")))
 
 
 def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
