@@ -25,8 +25,8 @@ retried, so no late reply can be taken for the answer to another request, and no
 
 The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
 bounded wait.  For each server the trainer holds the writing end of a pipe, the lifeline, and the server the reading
-end; nothing is ever written to it.  When the trainer disappears, in whatever way, it closes, and Linux kills the
-server's process group; elsewhere the server sees that its stdin was hung up, and leaves.
+end; nothing is ever written to it.  However the trainer ends, the pipe closes, and Linux kills the server's process
+group; elsewhere the server sees that its stdin has closed, and exits.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
@@ -86,7 +86,7 @@ NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exac
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "declared shape, dtype and actions are the contract's; its range lies within the declared one",
+    "declared_space": "declared shape, dtype and actions are the contract's; the declared range holds the contract's",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",

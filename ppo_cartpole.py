@@ -11,9 +11,9 @@ reaching 0.
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
-  - Judge: for each state the critic predicts the discounted return, the sum of the rewards to come, where one k steps
-    ahead counts gamma^k.  gae() makes advantages of rewards and predictions: how much better each action turned out
-    than predicted.
+  - Judge: for each state the critic predicts the discounted return, the sum of future rewards, each weighted by
+    gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
+    was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
     others less likely, and stops pushing once a probability has changed by a fifth in that direction; the critic learns
     to predict better.
@@ -139,7 +139,7 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when the greedy mean return reaches this; the default knows CartPole-v1, and never stops elsewhere"""
+    """stop when the greedy mean return reaches this; set by default for CartPole-v1 only"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
@@ -266,7 +266,7 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    Between layers of one size an orthogonal matrix changes lengths by its gain alone, so that neither signals nor
+    Between layers of equal size an orthogonal matrix scales lengths by its gain alone, so neither signals nor
     gradients explode or vanish when learning begins; sqrt(2) makes up for part of what the activation takes away.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
@@ -453,9 +453,9 @@ def ppo_loss(
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
-    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  The division lets the
-    # entropy bonus and the clipping of the actor's gradient mean the same whatever the scale of the rewards; the
-    # subtraction makes "good" (A_t > 0, below) mean better than the minibatch's average.
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  Dividing keeps the
+    # entropy bonus and the clipping of the actor's gradient equally strong whatever the scale of the rewards;
+    # subtracting makes "good" (A_t > 0, below) mean better than the minibatch's average.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -520,7 +520,7 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe; any other is called ``args.env_id``, whose default has a
+    session: where to train (default: what ``args`` describe; for any other, set ``args.env_id``: its default has a
     goal).  eval_session: where the greedy policy is evaluated, in environments of its own (default: more of the
     session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and history from the
     checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
@@ -542,8 +542,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With an eps of 1e-5 weights whose gradient
-        # is next to nothing hardly move ([3], detail 3).
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5, weights whose gradient is
+        # almost zero hardly move ([3], detail 3).
         optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
@@ -575,7 +575,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
             # Optimise.
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr gone before the rates: explore, then settle
+            entropy_bonus = args.ent_coef * remaining**3  # --anneal-lr fades it before the rates: explore, then settle
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
@@ -596,8 +596,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     )
                     optimizer.zero_grad()
                     loss.backward()
-                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
-                    # critic's, which grows with the returns, would decide how far the actor's is scaled down.
+                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
+                    # the critic's, growing with the returns, would decide how far the actor's is scaled down.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
@@ -605,8 +605,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 if args.target_kl is not None and info["approx_kl"] > args.target_kl:  # in the last minibatch
                     break
 
-            # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
-            # (and training goes on if they do not confirm it), and after the last update.
+            # Evaluate and log.  Fresh episodes decide whether it is solved: played when an evaluation reaches the goal
+            # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))

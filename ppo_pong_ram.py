@@ -8,13 +8,13 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes that nobody has explained.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to between 0.5 and 1 (ln 2 = 0.69 is: sure of the move, either of the two actions for it will do).
+(= ln 6, undecided) to between 0.5 and 1 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
-  - Judge: for each state the critic predicts the discounted return, the sum of the rewards to come, where one k steps
-    ahead counts gamma^k.  gae() makes advantages of rewards and predictions: how much better each action turned out
-    than predicted.
+  - Judge: for each state the critic predicts the discounted return, the sum of future rewards, each weighted by
+    gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
+    was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
     others less likely, and stops pushing once a probability has changed by a fifth in that direction; the critic learns
     to predict better.
@@ -126,7 +126,7 @@ class Args:
     learning_rate: float = 1.4e-3
     """step size of Adam for the actor; Muon's, for the matrices of its hidden layers, is twice that (found by trial)"""
     critic_learning_rate: float = 1e-2
-    """step size of Adam and of Muon for the critic: its loss is a plain squared error, with no ratio to keep small"""
+    """step size of Adam and of Muon for the critic: its loss is plain squared error, with no ratio to keep near 1"""
     anneal_lr: bool = True
     """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus as their cube"""
     gamma: float = 0.99
@@ -150,7 +150,7 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when the greedy mean return reaches this; the default knows ALE/Pong-v5, and never stops elsewhere"""
+    """stop when the greedy mean return reaches this; set by default for ALE/Pong-v5 only"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
@@ -282,9 +282,9 @@ from torch import nn  # noqa: E402
 class Inputs(nn.Module):
     """What a network sees: the newest bytes and action, and their changes since the step before, scaled one by one.
 
-    A ball that moves is a tiny difference between two large numbers; given as a number of its own, and scaled by how
-    large such differences are, it is as easy to see as where the ball is.  So each number is made to have mean 0 and
-    deviation 1, and cut at five deviations.  Means and deviations are those of all rollouts so far (until the first
+    A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
+    such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and
+    deviation 1, and clipped at five deviations.  Means and deviations are those of all rollouts so far (until the first
     update has ended, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
@@ -330,8 +330,8 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm takes away the scale of a hidden layer's weights: a larger gain only makes each step of an optimiser
-    smaller beside them.  The last layer has no norm behind it: there the gain counts.
+    LayerNorm cancels the scale of a hidden layer's weights: a larger gain only makes each optimiser step smaller
+    relative to them.  No norm follows the last layer: there the gain matters.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -522,9 +522,9 @@ def ppo_loss(
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
-    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  The division lets the
-    # entropy bonus and the clipping of the actor's gradient mean the same whatever the scale of the rewards; the
-    # subtraction makes "good" (A_t > 0, below) mean better than the minibatch's average.
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  Dividing keeps the
+    # entropy bonus and the clipping of the actor's gradient equally strong whatever the scale of the rewards;
+    # subtracting makes "good" (A_t > 0, below) mean better than the minibatch's average.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -589,7 +589,7 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe; any other is called ``args.env_id``, whose default has a
+    session: where to train (default: what ``args`` describe; for any other, set ``args.env_id``: its default has a
     goal).  eval_session: where the greedy policy is evaluated, in environments of its own (default: more of the
     session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and history from the
     checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
@@ -614,8 +614,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
         # common; Muon's is a matrix whose singular values are all about equal, so that what few samples ask for is
-        # learned, too.  Everything else is left to Adam, whose eps of 1e-5 lets weights whose gradient is next to
-        # nothing hardly move ([3], detail 3).  Muon and Adam stand below, in Housekeeping; Adam is torch.optim's.
+        # learned, too.  Everything else is left to Adam, whose eps of 1e-5 nearly stops weights whose gradient is
+        # almost zero ([3], detail 3).  Muon and Adam stand below, in Housekeeping; Adam is torch.optim's.
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -653,12 +653,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
             explained_variance = 1 - (targets - rollout.values).var() / targets.var()
 
-            # Optimise, with a second thread, since the emulators rest meanwhile.  (Not with as many as there are cores:
-            # how a sum is shared decides how it is rounded, and a seed should be the same run with any number.  Where
-            # other work wants the cores, too, start this with OMP_WAIT_POLICY=passive: threads wait awake otherwise.)
+            # Optimise, with a second thread, since the emulators rest meanwhile.  (Two, however many cores there are:
+            # how a sum is split decides how it is rounded, and a seed should be the same run on any number of cores.
+            # If other work needs the cores, start this with OMP_WAIT_POLICY=passive: else waiting threads stay awake.)
             torch.set_num_threads(2)
             remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr gone before the rates: explore, then settle
+            entropy_bonus = args.ent_coef * remaining**3  # --anneal-lr fades it before the rates: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
@@ -682,8 +682,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     muon.zero_grad()
                     adam.zero_grad()
                     loss.backward()
-                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  In a common norm the
-                    # critic's, which grows with the returns, would decide how far the actor's is scaled down.
+                    # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
+                    # the critic's, growing with the returns, would decide how far the actor's is scaled down.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     muon.step()
@@ -698,8 +698,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             critic.inputs.update(rollout.observations)
             torch.set_num_threads(1)
 
-            # Evaluate and log.  Solved is what fresh episodes say: they are played when an evaluation reaches the goal
-            # (and training goes on if they do not confirm it), and after the last update.
+            # Evaluate and log.  Fresh episodes decide whether it is solved: played when an evaluation reaches the goal
+            # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
             if run.update % args.eval_every == 0 or run.update == args.updates:
                 run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
