@@ -69,7 +69,7 @@ CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked;
 TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
 # Cores that this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-AWAKE = 2e-3  # seconds to look at a pipe again and again: asleep at once, 8 CartPoles mostly take a seventh longer
+AWAKE = 2e-3  # seconds to keep polling a pipe: if it sleeps at once, 8 CartPoles mostly take a seventh longer
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
 MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
@@ -118,7 +118,7 @@ class SessionFailure(RuntimeError):
     """
 
     def __init__(self, what: str, env: int | None = None) -> None:
-        self.what, self.env = what, env  # and ``args`` stays as it was given: so it can leave a process of a pool
+        self.what, self.env = what, env  # ``args`` stays as given, so that a pool's process can pickle this
         self.stage: str | None = None
         self.step: int | None = None
         self.server: str | None = None
@@ -521,7 +521,7 @@ class CheckedSession(ABC):
     def close(self) -> None:
         """End everything, whatever state it is in.  Never raises, may be called again.
 
-        Servers are gone within 3 seconds; what is in this process takes the time that it takes.
+        Servers are gone within 3 seconds; what is in this process takes as long as it takes.
         """
         if not self._closed and self._process == os.getpid():
             polite = self._dead is None
@@ -561,7 +561,7 @@ class CheckedSession(ABC):
     def _guarded(self, stage: str) -> Iterator[None]:
         """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session.
 
-        Until all is well it counts as dead: to the environment that is being stepped, and to a signal handler.
+        While it runs, the session counts as dead to the environment being stepped and to signal handlers.
         """
         if self._dead is not None:
             raise BridgeError(f"this session is dead: {self._dead}")
@@ -594,7 +594,7 @@ class CheckedSession(ABC):
 class GymnasiumSession(CheckedSession):
     """Gymnasium in ``num_workers`` subprocesses that share the N environments between them.
 
-    num_workers: where there is one for every core, each is held to a core of its own (on Linux, here).
+    num_workers: if there is one per core, each is pinned to its own (Linux, no ``server_command``).
     make_kwargs: for ``gymnasium.make`` (JSON values).  timeout: seconds for one reply.
     server_command: what to run in place of ``[sys.executable, "-u", "gym_bridge.py"]``, for an environment that lives
     elsewhere: ``["/other/venv/bin/python", "gym_bridge.py"]``, ``["docker", "run", "-i", ...]``, ``["ssh", ...]``.
@@ -790,7 +790,7 @@ class _Server:
         while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(lowest_free)
-        # Nothing is ever written to the lifeline.  It closes when this process ends, in whatever way, and that kills.
+        # Nothing is ever written to the lifeline.  However this process ends, it closes, and that kills the server.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
         command += ["--lifeline", str(lifeline)]
@@ -1011,7 +1011,7 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
         return replace(plain, obs_range=(low, high) if bounded else None), versions
     except (ValueError, OverflowError, ContractViolation) as error:
         declared = {key: reply[key] for key in sorted(spaces)}
-        raise ContractViolation("declared_space", f"spaces that can be ({error})", _show(declared)) from None
+        raise ContractViolation("declared_space", f"valid spaces ({error})", _show(declared)) from None
 
 
 def _unbound(contract: Contract, raw: object, fill: float) -> Array:
@@ -1112,14 +1112,14 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
         asked = [f"'{module or env_id}'", *(f"argument '{name}'" for name in make_kwargs)]
         if not known and not any(what in str(error) for what in asked):
             raise  # a fault within: its traceback tells where
-        file = getattr(sys.modules.get(module), "__file__", None)  # not the person's own, where Python has one so named
+        file = getattr(sys.modules.get(module), "__file__", None)  # Python's own module, if it has one of that name
         found = f" ({module} is {file})" if file else ""
         raise BridgeError(f"cannot make {env_id}: {error}{found}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:
-        raise BridgeError(f"{env_id} has the action space {action}; supported is Discrete(n) that starts at 0")
+        raise BridgeError(f"{env_id} has the action space {action}; it must be Discrete(n), starting at 0")
     if not isinstance(observation, gymnasium.spaces.Box) or observation.dtype.kind not in "fiu":
-        raise BridgeError(f"{env_id} has the observation space {observation}; supported is Box of floats or integers")
+        raise BridgeError(f"{env_id} has the observation space {observation}; it must be a Box of floats or integers")
     try:
         contract = Contract(observation.shape, int(action.n), observation.dtype.name)
     except ValueError as error:
@@ -1291,7 +1291,7 @@ def _main() -> None:
     if args.num_envs < 1:
         parser.error("--num-envs must be at least 1")
     lifeline: int | None = None
-    with contextlib.suppress(OSError):  # at the far end of an ssh the number is free; the wire must not take it first
+    with contextlib.suppress(OSError):  # over ssh nothing is open under this number; look before os.dup takes it
         lifeline = args.lifeline if stat.S_ISFIFO(os.fstat(args.lifeline).st_mode) else None
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -102,11 +102,11 @@ class Args:
     """
 
     seed: int = 1
-    """fixes everything: two runs on one machine (without --cuda) differ in nothing but the time that they take"""
+    """fixes all randomness: two runs on one machine (without --cuda) differ only in the time they take"""
     cuda: bool = False
     """run the networks on a GPU"""
     updates: int = 500
-    """rollouts to learn from, at most: training stops when the environment is solved"""
+    """maximum number of rollouts: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
     eval_every: int = 40
@@ -114,9 +114,9 @@ class Args:
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
     eval_max_steps: int = 10_000
-    """steps after which an evaluation episode is cut short, its return taken as it is by then"""
+    """steps after which an evaluation episode is cut short, and its return so far is counted"""
     env_id: str = ENV_ID
-    """another Atari game, such as ALE/Breakout-v5; for other ids than the default the spaces declare the contract"""
+    """another Atari game, such as ALE/Breakout-v5; for any but the default, its declared spaces are the contract"""
     num_envs: int = 64
     """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
     num_workers: int = min(4, CORES)
@@ -134,19 +134,19 @@ class Args:
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     cut_at_reward: bool | None = None
-    """True or False: credit ends at a reward, as if the episode did; by default in Pong, where a point ends a rally"""
+    """True or False: credit ends at rewards as at an episode's end; default: only in Pong, where points end rallies"""
     num_minibatches: int = 8
     """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 3
     """passes over a rollout"""
     clip_coef: float = 0.2
-    """epsilon: a sample stops pushing once its ratio has moved this far from 1, the way its advantage asks for"""
+    """epsilon: a sample stops pushing once its ratio is this far from 1 in the direction its advantage favours"""
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
     vf_coef: float = 0.5
     """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
     max_grad_norm: float = 0.5
-    """a gradient of larger norm, of actor or critic, is scaled down to this norm"""
+    """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
@@ -154,7 +154,7 @@ class Args:
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
-    """go on from --checkpoint, with its arguments where none are given (but for paths, and what is run)"""
+    """continue from --checkpoint; flags not given keep its values (except paths and what is run)"""
     watch: bool = False
     """play greedy episodes of --checkpoint in a window"""
     server_command: str | None = None
@@ -229,7 +229,7 @@ def check_args(args: Args) -> None:
     try:
         places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
     except OSError as error:
-        raise BadInput(f"cannot tell where this is being run: {error}") from None
+        raise BadInput(f"cannot find the current directory: {error}") from None
     if len(places) < 4:
         raise BadInput(
             "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
@@ -252,7 +252,7 @@ def part_of(path: Path) -> Path:
 
 def stop(message: object, code: int) -> NoReturn:
     """End the program with one message to the person who started it."""
-    with contextlib.suppress(OSError):  # nobody may be reading any more
+    with contextlib.suppress(OSError):  # the reader may be gone
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -824,7 +824,7 @@ class Run:
 
     @property
     def greedy_return(self) -> float:
-        """As of the last evaluation: where a run was interrupted, there was none."""
+        """That of the last evaluation; the row of an interruption has none."""
         return next((value for value in reversed(self.history["avg_return"]) if math.isfinite(value)), math.nan)
 
     @property
@@ -865,7 +865,7 @@ class Run:
         """The opposite of ``state`` and ``save``."""
         for flag, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
             if (stored := state["args"][flag]) != asked:
-                raise BadInput(f"{self.args.checkpoint} is of {flag} {stored!r}, not of {asked!r}")
+                raise BadInput(f"{self.args.checkpoint} has {flag} {stored!r}, not {asked!r}")
         form: dict[str, Any] = {"update": 0, "env_steps": 0, "steps": [0]}
         form |= {"transitions_checked": 0, "violations": 0, "seconds": 0.0}
         form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
@@ -874,7 +874,7 @@ class Run:
             check_form(name, state[name], example)
         if state["update"] > self.args.updates:
             done = f"{self.args.checkpoint} has completed {state['update']} updates"
-            raise BadInput(f"{done}, which --updates counts, too: give more")
+            raise BadInput(f"{done}; --updates includes these: raise it")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
             example = [
@@ -921,9 +921,9 @@ class Run:
     def complete_update(
         self, rollout: Rollout, explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
-        """Take in what an update brought.  From here on, whatever happens, it is kept.
+        """Record an update's results.  From here on, whatever happens, they are kept.
 
-        Raises FloatingPointError if the update has ruined the weights; then the last one is what is kept.
+        Raises FloatingPointError if the update has ruined the weights; then the one before it is kept.
         """
         if not all(weights.isfinite().all() for weights in (*self.actor.parameters(), *self.critic.parameters())):
             raise FloatingPointError(
@@ -989,7 +989,7 @@ class Run:
                     if self.rows[-1] < self.update:
                         self.add_row(math.nan)  # there was no evaluation
                     self.save()
-                    with contextlib.suppress(OSError):  # nobody may be reading any more
+                    with contextlib.suppress(OSError):  # the reader may be gone
                         if sys.stdout.isatty():
                             print()
                         print(
@@ -1054,7 +1054,7 @@ class Run:
         self.show("  ".join(parts).replace("nan", "-"))
 
     def show(self, line: str) -> None:
-        """On a terminal in the place of the line before, else as a new one."""
+        """Replace the previous line on a terminal, else print a new one."""
         if sys.stdout.isatty():
             print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         else:
@@ -1090,7 +1090,7 @@ def check_form(name: str, stored: Any, example: Any) -> None:
     elif good and isinstance(example, int):
         good = 0 <= stored < 2**63
     if not good:
-        raise ValueError(f"its {name} cannot be")
+        raise ValueError(f"invalid {name}")
     if isinstance(example, dict):
         for key in example:
             check_form(name, stored[key], example[key])

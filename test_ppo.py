@@ -2586,7 +2586,7 @@ def test_a_folder_that_is_gone_is_refused_before_the_first_step():
     Path("gone").mkdir()
     os.chdir("gone")
     Path("../gone").rmdir()
-    with pytest.raises(ppo.BadInput, match="cannot tell where this is being run"):
+    with pytest.raises(ppo.BadInput, match="cannot find the current directory"):
         ppo.check_args(ppo.Args())
 
 
@@ -3083,11 +3083,11 @@ PERSON_ROWS = [
     ("no_module", ["--env-id", ":CartPole-v1"], "an id may name one module"),
     ("like_a_flag", ["--env-id=-foo"], "Environment `-foo` doesn't exist"),
     ("missing_package", ["--env-id", "GymV26Environment-v0"], "pip install"),
-    ("continuous_actions", ["--env-id", "Pendulum-v1"], "Box(-2.0, 2.0, (1,), float32); supported is Discrete"),
-    ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); supported is Discrete"),
+    ("continuous_actions", ["--env-id", "Pendulum-v1"], "Box(-2.0, 2.0, (1,), float32); it must be Discrete"),
+    ("late_actions", ["--env-id", "odd_envs:LateActions-v0"], "Discrete(2, start=1); it must be Discrete"),
     ("unlike_each_other", ["--env-id", "odd_envs:Unlike-v0"], "environment 1 declares other spaces than environment 0"),
-    ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "supported is Box"),
-    ("pictures", ["--env-id", "ALE/Pong-v5"], "has observations of shape (210, 160, 3): pictures are not for"),
+    ("dict_observation", ["--env-id", "odd_envs:DictObservation-v0"], "it must be a Box"),
+    ("pictures", ["--env-id", "ALE/Pong-v5"], "has observations of shape (210, 160, 3): too large for"),
     ("no_server", ["--server-command", "no_such_command"], "no_such_command"),
     ("no_checkpoint", ["--resume"], "ppo_cartpole.py: there is no checkpoint"),
     ("damaged_checkpoint", ["--resume", "--checkpoint", "odd_envs.py"], "not a readable checkpoint"),
@@ -3111,9 +3111,9 @@ def test_bad_input_gets_one_clear_message(name, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--env-id", "Acrobot-v1"], "is of env_id 'CartPole-v1', not of 'Acrobot-v1'"),
-        (["--seed", "4"], "is of seed 3, not of 4"),
-        (["--updates", "3"], "has completed 4 updates, which --updates counts, too: give more"),
+        (["--env-id", "Acrobot-v1"], "has env_id 'CartPole-v1', not 'Acrobot-v1'"),
+        (["--seed", "4"], "has seed 3, not 4"),
+        (["--updates", "3"], "has completed 4 updates; --updates includes these: raise it"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(short_run, flags, message):
