@@ -863,9 +863,9 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """The opposite of ``state`` and ``save``."""
-        for flag, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
-            if (stored := state["args"][flag]) != asked:
-                raise BadInput(f"{self.args.checkpoint} has {flag} {stored!r}, not {asked!r}")
+        for name, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
+            if (stored := state["args"][name]) != asked:
+                raise BadInput(f"{self.args.checkpoint} has {name} {stored!r}, not {asked!r}")
         form: dict[str, Any] = {"update": 0, "env_steps": 0, "steps": [0]}
         form |= {"transitions_checked": 0, "violations": 0, "seconds": 0.0}
         form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
