@@ -16,8 +16,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, and stops pushing once a probability has changed by a fifth in that direction; the critic learns
-    to predict better.
+    others less likely, but no longer pushes one whose probability has changed by a fifth of what it was; the critic
+    learns to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -128,7 +128,7 @@ class Args:
     critic_learning_rate: float = 1e-2
     """step size of Adam and of Muon for the critic: its loss is plain squared error, with no ratio to keep near 1"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus as their cube"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus sooner (cubed)"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
@@ -142,7 +142,7 @@ class Args:
     clip_coef: float = 0.2
     """epsilon: a sample stops pushing once its ratio is this far from 1 in the direction its advantage favours"""
     ent_coef: float = 0.03
-    """weight of the entropy bonus ([3], detail 10): staying undecided is rewarded, lest exploration end too soon"""
+    """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
     """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
     max_grad_norm: float = 0.5
@@ -179,7 +179,8 @@ class Args:
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
-            ("log checkpoint", lambda value: value.name != "", "must name a file"),
+            ("log", lambda value: value.suffix == ".json", "must end in .json (its picture will end in .svg)"),
+            ("checkpoint", lambda value: value.name != "", "must name a file"),
         ]
         for names, good, rule in rules:
             for name in names.split():
@@ -285,7 +286,8 @@ class Inputs(nn.Module):
     A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
     such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and
     deviation 1, and clipped at five deviations.  Means and deviations are those of all rollouts so far (until the first
-    update has ended, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``.
+    update has ended, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``,
+    and float64 (``.float()`` and ``.half()`` would spoil them).
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -330,8 +332,8 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm cancels the scale of a hidden layer's weights: a larger gain only makes each optimiser step smaller
-    relative to them.  No norm follows the last layer: there the gain matters.
+    LayerNorm cancels the scale of a hidden layer's weights: a larger gain, such as sqrt(2), only makes each
+    optimiser step smaller relative to them.  No norm follows the last layer: there the gain matters.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -344,8 +346,8 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are equal, and
-    the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
+    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are nearly
+    equal, and the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -411,30 +413,32 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
 
     Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
     begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
-    the new one begins.  Every transition has passed the session's contract.
+    the new one begins.  Every transition has passed the session's contract.  Networks take (..., *D), with one leading
+    dimension or two, and return (..., A) and (...).
     Raises ContractViolation, BridgeError or FloatingPointError (logits not finite); then there is no rollout.
     """
     device = next(actor.parameters()).device
+    all_logits: list[torch.Tensor] = []
     transitions: list[Transition] = []
     for _ in range(horizon):
         logits = actor(torch.from_numpy(session.observation).to(device))  # (N, A)
         if not logits.isfinite().all():
             raise FloatingPointError("the actor's outputs are not finite: scale observations, or lower --learning-rate")
         sampled = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)  # (N,)
+        all_logits.append(logits)
         transitions.append(session.step(sampled.cpu().numpy()))
     observations, actions, rewards, next_observations, terminated, truncated = (
         torch.from_numpy(np.stack([getattr(transition, field.name) for transition in transitions])).to(device)
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    # log pi(a|s) is computed again, in one large batch: batches of N may be rounded differently, and the ratio is to
-    # begin at 1.  The critic sees the rollout only now: one pass is cheaper than T.
+    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A)
+    # The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
-    log_probs = actor(observations).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (T, N)
     return Rollout(
         observations,
         actions,
-        log_probs,
+        log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1),
         rewards.float(),
         next_observations,
         terminated,
@@ -462,14 +466,16 @@ def gae(
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
     away most of its noise.  And how many of the rewards that followed?  One reward plus gamma * V(s') has little noise,
     but all of the critic's error; the sum of all rewards has none of its error, but all the noise.  In between: n
-    rewards, then the critic ([2], eq. 14).  GAE averages over all n with weights (1 - lambda) * lambda^(n-1), which
-    comes to a sum of one-step errors delta, the one k steps ahead weighted by (gamma * lambda)^k ([2], eq. 16).
+    rewards, then gamma^n * V of the state they led to ([2], eq. 14).  GAE averages over all n with weights
+    (1 - lambda) * lambda^(n-1), which comes to a sum of one-step errors delta, the one k steps ahead weighted by
+    (gamma * lambda)^k ([2], eq. 16).
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
-    action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for shapes that differ.
+    action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
     """
-    if not rewards.shape == values.shape == next_values.shape == terminated.shape == truncated.shape:
-        raise ValueError("gae: rewards, values, next_values, terminated and truncated must have one shape")
+    shapes = {each.shape for each in (rewards, values, next_values, terminated, truncated)}
+    if len(shapes) > 1 or rewards.ndim != 2:
+        raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the trace is cut (later errors count nothing), since the next row belongs to another episode.
@@ -477,7 +483,7 @@ def gae(
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
-    deltas = rewards + gamma * next_values * not_terminated - values
+    deltas = rewards + gamma * next_values.where(not_terminated, 0) - values
     # A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}            [2], eq. 16, as a recursion from the end
     # What lies beyond the rollout's last row is in that row's V(s') already, hence A_T = 0 to begin with.
     advantages = torch.zeros_like(deltas)
@@ -510,9 +516,10 @@ def ppo_loss(
     grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
     its advantage asks for.  So a rollout can be used for several epochs (passes).
 
-    logits (B, A) and values (B,) of the networks now; actions (B,) int64, old_log_probs (B,) under the policy that
-    acted; advantages (B,), B > 1, normalised here; targets (B,) of the critic.  Returns (loss, info), info holding
-    detached scalars for the log.  Raises ValueError for other shapes: (B, 1) beside (B,) would become (B, B).
+    logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
+    int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
+    critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes:
+    (B, 1) beside (B,) would become (B, B).
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
@@ -524,7 +531,8 @@ def ppo_loss(
 
     # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  Dividing keeps the
     # entropy bonus and the clipping of the actor's gradient equally strong whatever the scale of the rewards;
-    # subtracting makes "good" (A_t > 0, below) mean better than the minibatch's average.
+    # subtracting makes "good" (A_t > 0, below) mean better than the minibatch's average.  Noise is scaled, too: where
+    # no action is better than another, the policy drifts.
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
@@ -592,7 +600,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     session: where to train (default: what ``args`` describe; for any other, set ``args.env_id``: its default has a
     goal).  eval_session: where the greedy policy is evaluated, in environments of its own (default: more of the
     session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and history from the
-    checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.  Seeds torch, and
+    sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
     """
@@ -651,7 +660,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
             # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
-            explained_variance = 1 - (targets - rollout.values).var() / targets.var()
+            explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise, with a second thread, since the emulators rest meanwhile.  (Two, however many cores there are:
             # how a sum is split decides how it is rounded, and a seed should be the same run on any number of cores.
@@ -749,8 +758,8 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
     as long.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
+        super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
     def step(self) -> None:

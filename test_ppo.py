@@ -1555,14 +1555,24 @@ def test_flags_may_be_zeros_and_ones():
         assert torch.equal(ppo.gae(*numbers, *flags.to(dtype), 0.9, 0.8), expected)
 
 
+def test_what_comes_after_the_end_may_be_nan():
+    """As in code that has no observation to show there, and so no V(s')."""
+    numbers, terminated = torch.randn(3, 4, 3), torch.rand(4, 3) < 0.4
+    expected = ppo.gae(*numbers, terminated, ~terminated, 0.9, 0.8)
+    numbers[2][terminated] = math.nan
+    assert torch.equal(ppo.gae(*numbers, terminated, ~terminated, 0.9, 0.8), expected)
+
+
 def test_shapes_that_would_broadcast_are_refused():
     """A critic's (B, 1) beside returns (B,) is the commonest of mistakes, and would train on (B, B)."""
     good = [torch.zeros(3, 2) for _ in range(3)] + [torch.zeros(3, 2, dtype=torch.bool) for _ in range(2)]
     ppo.gae(*good, 0.9, 0.9)
     for i in range(5):
         wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(good)]
-        with pytest.raises(ValueError, match="must have one shape"):
+        with pytest.raises(ValueError, match=r"must all be \(T, N\)"):
             ppo.gae(*wrong, 0.9, 0.9)
+    with pytest.raises(ValueError, match=r"must all be \(T, N\)"):  # flattened: one environment's steps would follow
+        ppo.gae(*(each.flatten() for each in good), 0.9, 0.9)  # another's
     batch = [torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, dtype=torch.int64)] + [torch.zeros(3)] * 3
     ppo.ppo_loss(*batch)
     for i in range(7):  # at last all of them: a rollout that was not flattened
@@ -1812,6 +1822,29 @@ def test_actions_are_sampled_from_the_policy():
     assert rollout.actions.float().mean().item() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 2000))
     expected = torch.where(rollout.actions == 1, math.log(0.8), math.log(0.2))
     assert torch.allclose(rollout.log_probs, expected)
+
+
+def test_log_probs_are_those_of_the_policy_that_acted():
+    """Also where it would say something else when asked again, as with dropout."""
+
+    class Fickle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.said = []
+
+        def forward(self, observations):
+            self.said.append(torch.randn(*observations.shape[:-1], 2))
+            return self.said[-1]
+
+    actor = Fickle()
+    with cartpole_session(3) as session:
+        session.reset(0)
+        rollout = ppo.collect_rollout(session, actor, networks()[1], 5)
+    assert len(actor.said) == 5
+    for t, logits in enumerate(actor.said):
+        expected = logits.double().log_softmax(-1)[range(3), rollout.actions[t]]
+        assert torch.allclose(rollout.log_probs[t].double(), expected, atol=1e-6)
 
 
 def test_ratio_is_exactly_one_before_the_first_step(monkeypatch):
@@ -2555,11 +2588,11 @@ def test_what_counts_is_an_integer(wrong):
 
 def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
     numbers = {"seed": np.int64(3), "num_envs": np.int32(8), "learning_rate": np.float64(0.5), "gamma": 1}
-    ppo.train(ppo.Args(updates=1, eval_max_steps=1, solved_return=400, log="log", checkpoint="point", **numbers))
+    ppo.train(ppo.Args(updates=1, eval_max_steps=1, solved_return=400, log="log.json", checkpoint="point", **numbers))
     stored = ppo.stored_args(ppo.Args(checkpoint="point"))
     assert {name: getattr(stored, name) for name in numbers} == numbers
     assert (stored.solved_return, stored.updates) == (400, 1)
-    assert read_log("log")["steps"] == [0, 1]
+    assert read_log("log.json")["steps"] == [0, 1]
 
 
 def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint():
@@ -2576,7 +2609,7 @@ def test_files_that_cannot_be_are_refused_before_the_first_step():
     Path("real").mkdir()
     Path("link").symlink_to("real")
     with pytest.raises(ppo.BadInput, match="must be different files"):
-        ppo.check_args(ppo.Args(log="real/x", checkpoint="link/x"))
+        ppo.check_args(ppo.Args(log="real/x.json", checkpoint="link/x.json"))
     Path("x.old").mkdir()
     with pytest.raises(ppo.BadInput, match=r"cannot write x\.old: it is no file"):
         ppo.check_args(ppo.Args(checkpoint="x"))
@@ -3068,12 +3101,13 @@ PERSON_ROWS = [
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
     ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
-    ("checkpoint_spelt_otherwise", ["--log", "one", "--checkpoint", "./two/../one"], "must be different files"),
-    ("log_over_checkpoint", ["--log", "one", "--checkpoint", "one"], "must be different files"),
-    ("log_over_older_checkpoint", ["--log", "one.old", "--checkpoint", "one"], "must be different files"),
-    ("picture_over_log", ["--log", "curve.svg"], "must be different files"),
+    ("checkpoint_spelt_otherwise", ["--log", "1.json", "--checkpoint", "./two/../1.json"], "must be different files"),
+    ("log_over_checkpoint", ["--log", "1.json", "--checkpoint", "1.json"], "must be different files"),
+    ("picture_over_checkpoint", ["--log", "1.json", "--checkpoint", "1.svg"], "must be different files"),
+    ("picture_of_two_logs", ["--log", "rate0.1"], "--log must end in .json"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
-    ("log_without_a_name", ["--log", ""], "--log must name a file"),
+    ("log_without_a_name", ["--log", ""], "--log must end in .json"),
+    ("checkpoint_without_a_name", ["--checkpoint", ""], "--checkpoint must name a file"),
     ("checkpoint_is_folder", ["--checkpoint", ".."], "cannot write .."),
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
