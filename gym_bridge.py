@@ -23,10 +23,10 @@ Failure.  A reply is either exactly right, or it is an error: ``ContractViolatio
 ``BridgeError`` where the process or the conversation failed.  After an error the session is dead.  Nothing is
 retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
 
-The end.  ``close()`` asks each server to close, then terminates, then kills its whole process group, each with a
-bounded wait.  For each server the trainer holds the writing end of a pipe, the lifeline, and the server the reading
-end; nothing is ever written to it.  However the trainer ends, the pipe closes, and Linux kills the server's process
-group; elsewhere the server sees that its stdin has closed, and exits.
+The end.  ``close()`` asks all servers to close, sends SIGTERM to those that have not, then SIGKILL to every process
+group, and waits a bounded time after each of the three.  For each server the trainer holds the writing end of a pipe,
+the lifeline, and the server the reading end; nothing is ever written to it.  However the trainer ends, the pipe closes,
+and Linux kills the server's process group; elsewhere the server sees that its stdin has closed, and exits.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.
@@ -66,7 +66,8 @@ Array = np.ndarray[Any, Any]
 PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
-TERMINATE_GRACE = 0.5  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
+ERROR_GRACE = 0.3  # the same after an error: whoever waits for the message may have waited for a timeout already
+TERMINATE_GRACE = 0.2  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
 # Cores that this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AWAKE = 2e-3  # seconds to keep polling a pipe: if it sleeps at once, 8 CartPoles mostly take a seventh longer
@@ -82,6 +83,7 @@ REQUESTS = {
     "step": {"id", "cmd", "actions", "encoding"},
     "close": {"id", "cmd"},
 }
+HALF_WAY = "some environments may be ahead of others, since a request failed half-way: reset first"
 NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exact types; built once, compared each step
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
@@ -295,7 +297,8 @@ class Contract:
         return cast
 
     def _from_list(self, raw: object, env: int) -> Array:
-        numbers: list[Any] = list(self._flatten(raw, self.obs_shape, env))
+        parts: Iterator[Any] = self._flatten(raw, self.obs_shape, env)
+        numbers = [part.item() if _is_scalar(part) else part for part in parts]
         floats = self._dtype.kind == "f"
         limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
         low, high = int(limits.min), int(limits.max)
@@ -319,7 +322,7 @@ class Contract:
     @staticmethod
     def _outcome(reward: Any, terminated: Any, truncated: Any, env: int) -> tuple[float, bool, bool]:
         """Reward and flags of one environment."""
-        if type(reward) not in NUMBERS and not (isinstance(reward, np.generic) and reward.dtype.kind in "fiu"):
+        if type(reward) not in NUMBERS and not _is_scalar(reward):
             raise ContractViolation("reward_type", "a number", _show(reward), env)
         if type(terminated) not in BOOLEANS or type(truncated) not in BOOLEANS:
             flags = _show((terminated, truncated))
@@ -346,7 +349,8 @@ class Contract:
             value, env = rewards[index], index[0]
             if self.check_reward_finite and not abs(value) <= FINITE:
                 raise ContractViolation("reward_finite", "a finite reward (in float32)", str(value), env)
-            raise ContractViolation("reward_range", f"a reward in {self.reward_range}", str(value), env)
+            low, high = self.reward_range  # type: ignore[misc]
+            raise ContractViolation("reward_range", f"a reward in [{low}, {high}]", str(value), env)
 
     def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
@@ -373,6 +377,11 @@ def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] |
 
 def _first_true(mask: Array) -> tuple[int, ...]:
     return tuple(np.argwhere(mask)[0].tolist())
+
+
+def _is_scalar(value: Any) -> bool:
+    """A number of numpy's."""
+    return isinstance(value, np.generic) and value.dtype.kind in "fiu"
 
 
 def _is_int(value: object) -> bool:
@@ -524,9 +533,9 @@ class CheckedSession(ABC):
         Servers are gone within 3 seconds; what is in this process takes as long as it takes.
         """
         if not self._closed and self._process == os.getpid():
-            polite = self._dead is None
+            grace = CLOSE_GRACE if self._dead is None else ERROR_GRACE
             self._closed, self._dead = True, self._dead or "it was closed"
-            self._close(polite)
+            self._close(grace)
 
     def __enter__(self) -> CheckedSession:
         return self
@@ -551,7 +560,7 @@ class CheckedSession(ABC):
     def _step(self, actions: Array) -> _Batch: ...
 
     @abstractmethod
-    def _close(self, polite: bool) -> None: ...
+    def _close(self, grace: float) -> None: ...
 
     def _report(self, env: int | None) -> str | None:
         """What an error should say of the process behind environment ``env``."""
@@ -559,7 +568,7 @@ class CheckedSession(ABC):
 
     @contextlib.contextmanager
     def _guarded(self, stage: str) -> Iterator[None]:
-        """Whatever goes wrong within (Ctrl-C too: a reply may be outstanding) ends the session.
+        """Any exception within ends the session, Ctrl-C too, since a reply may still be on its way.
 
         While it runs, the session counts as dead to the environment being stepped and to signal handlers.
         """
@@ -601,8 +610,9 @@ class GymnasiumSession(CheckedSession):
     The flags of the server (``--env-id`` and so on) are appended to it.
     wait: False leaves the handshake to the first ``reset``, so that servers start while the caller does other things.
 
-    Raises BridgeError if the command cannot be run, and (here, or with ``wait=False`` in ``reset``) BridgeError if a
-    server does not start, ContractViolation if the environment declares other spaces than the contract's.
+    Raises ValueError or TypeError for arguments that cannot be, BridgeError if the command cannot be run, and (here, or
+    with ``wait=False`` in ``reset``) BridgeError if a server does not start, ContractViolation if the environment
+    declares other spaces than the contract's.
     """
 
     def __init__(
@@ -622,6 +632,8 @@ class GymnasiumSession(CheckedSession):
             raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
         if isinstance(server_command, str):
             raise ValueError(f"server_command must be a list of words (see shlex.split), not {server_command!r}")
+        if server_command is not None and not server_command:
+            raise ValueError("server_command is empty: leave it out for this Python")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
@@ -708,8 +720,8 @@ class GymnasiumSession(CheckedSession):
         host = self._talking_to or next((server for server in self._servers if env in server.envs), None)
         return host.report() if host else None
 
-    def _close(self, polite: bool) -> None:
-        _end(self._servers, polite)
+    def _close(self, grace: float) -> None:
+        _end(self._servers, grace)
 
 
 class NativeSession(CheckedSession):
@@ -739,7 +751,7 @@ class NativeSession(CheckedSession):
         contract = self.contract
         next_obs = np.empty((self.num_envs, *contract.obs_shape), contract._dtype)
         outcomes, reset_obs = [], {}
-        for env, action in enumerate(actions.tolist()):
+        for env, action in enumerate(actions):  # np.int64, as in Gymnasium: a plain int could wrap around in uint8
             result = self._ask(env, "step", action)
             if not isinstance(result, tuple) or len(result) != 5:
                 raise ContractViolation("step_result", RULES["step_result"], _show(result), env)
@@ -757,7 +769,7 @@ class NativeSession(CheckedSession):
             raise ContractViolation("reset_result", RULES["reset_result"], _show(result), env)
         return self.contract._observation(result[0], env).copy()
 
-    def _close(self, polite: bool) -> None:
+    def _close(self, grace: float) -> None:
         for env in range(self.num_envs):
             with contextlib.suppress(BridgeError):  # it may have no close
                 self._ask(env, "close")
@@ -904,20 +916,21 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
             return True
         os.sched_yield()  # whoever has work to do goes first, the other end of the pipe not least
         now = time.monotonic()
-    # Past the deadline too: after a Ctrl-Z and fg the time is over, and the reply has long been there.
+    # Past the deadline too: after a Ctrl-Z and fg the time is over, and a reply that fits the pipe has long been there.
     return bool(poller.poll(max(0.0, min((deadline - now) * 1000, 2**31 - 1))))
 
 
-def _end(servers: list[_Server], polite: bool) -> None:
-    """Ask (if polite), terminate, kill.  Servers are waited for, within bounds; what they started dies with them."""
+def _end(servers: list[_Server], grace: float) -> None:
+    """Ask (after an error, too: environments may have files to close), terminate, kill.
+
+    Servers are waited for, within bounds; what they started dies with them.
+    """
     try:
         for server in servers:
             with contextlib.suppress(OSError):  # it has exited already, or it reads no more
-                if polite:
-                    os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+                os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
             server.process.stdin.close()  # type: ignore[union-attr]
-        if polite:
-            _wait_for_exits(servers, CLOSE_GRACE)
+        _wait_for_exits(servers, grace)
         for server in servers:
             if server.process.poll() is None:
                 _signal_group(server, signal.SIGTERM)
@@ -926,7 +939,7 @@ def _end(servers: list[_Server], polite: bool) -> None:
         for server in servers:
             _signal_group(server, signal.SIGKILL)
             server.lifeline.close()
-        _wait_for_exits(servers, TERMINATE_GRACE)
+        _wait_for_exits(servers, CLOSE_GRACE)  # a moment, unless the machine is very busy
     deadline = time.monotonic() + 0.2  # the last words are a matter of moments
     for server in servers:
         server.process.stdout.close()  # type: ignore[union-attr]
@@ -1154,12 +1167,20 @@ def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict
         seed = request.get("seed")
         if seed is not None and not (_is_int(seed) and seed >= 0):
             raise BridgeError(f"seed is a non-negative integer or null, not {_show(seed)}")
-        return {"obs": _encode(session._reset(seed), encoding)}
+        session._dead = HALF_WAY
+        observations = session._reset(seed)
+        session._dead = None
+        return {"obs": _encode(observations, encoding)}
     actions = request.get("actions")
     if not isinstance(actions, list):
         raise BridgeError(f"actions is a list, not {_show(actions)}")
-    batch = session._step(session.contract._check_actions(actions, session.num_envs))
+    checked = session.contract._check_actions(actions, session.num_envs)
+    if session._dead:
+        raise BridgeError(session._dead)
+    session._dead = HALF_WAY
+    batch = session._step(checked)
     session.contract._check_rewards(batch.reward)  # finite: JSON has no word for what is not
+    session._dead = None
     return {
         "next_obs": _encode(batch.next_obs, encoding),
         "reward": batch.reward.tolist(),
@@ -1200,7 +1221,7 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
     command = None
     request_pipe = select.poll()
     request_pipe.register(wire_in, select.POLLIN)
-    hung_up = contextlib.suppress(BrokenPipeError)  # around both: to close what could not be written fails once more
+    hung_up = contextlib.suppress(BrokenPipeError)  # closing a file whose last write failed tries that write again
     with hung_up, os.fdopen(wire_in, "rb") as requests, os.fdopen(wire_out, "wb") as replies:
         while command != "close":
             if awake:
@@ -1228,11 +1249,11 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
         made[0].close()
 
 
-def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
+def _leave_with_the_trainer(wire_in: int, lifeline: int | None, grace: float) -> None:
     """See to it that this process group does not outlive the trainer, even if an environment hangs.
 
     On Linux the kernel kills the group when the lifeline closes, whatever the group is doing.  Elsewhere, and at the
-    far end of a docker or an ssh, a thread watches the wire: when it is hung up, the main loop gets its grace.
+    far end of a docker or an ssh, a thread watches the wire: when it is hung up, the main loop has ``grace`` seconds.
     """
     import fcntl  # not on Windows, where this is never called
 
@@ -1246,30 +1267,18 @@ def _leave_with_the_trainer(wire_in: int, lifeline: int | None) -> None:
             closed.register(lifeline, 0)
             if closed.poll(0):  # before the kernel was asked to watch it
                 os.killpg(0, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(wire_in,), daemon=True).start()
+    threading.Thread(target=_watch, args=(wire_in, grace), daemon=True).start()
 
 
-def _watch(wire_in: int) -> None:
+def _watch(wire_in: int, grace: float) -> None:
     hang_up = select.poll()
     # macOS sees only what it is asked for, and only once: hence the loop.  A socket (ssh) may be hung up on one side.
     hang_up.register(wire_in, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
     while not hang_up.poll(250):
         pass
-    deadline = time.monotonic() + TIMEOUT  # what lies in the pipe, as when a person has piped it in, is answered first
-    with contextlib.suppress(OSError):  # the main loop has closed it: then it has seen the end, too
-        while _unread(wire_in) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    time.sleep(CLOSE_GRACE + TERMINATE_GRACE)  # a trainer that is closing the session is through with it by then
+    time.sleep(grace)  # when the main loop has ended, so does this thread
     os.killpg(0, signal.SIGKILL)
     os._exit(1)  # the first process of a container does not hear a signal from inside
-
-
-def _unread(wire_in: int) -> int:
-    """Bytes that lie in a pipe or a socket."""
-    import fcntl
-    import termios
-
-    return int.from_bytes(fcntl.ioctl(wire_in, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def json_object(text: str) -> Any:
@@ -1296,9 +1305,11 @@ def _main() -> None:
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    # Started by a GymnasiumSession (behind docker or ssh, too), which gave it a process group of its own?
-    if lifeline is not None or os.getsid(0) == os.getpid():
-        _leave_with_the_trainer(wire_in, lifeline)
+    # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else with a process group of its own?
+    if args.lifeline >= 0 or os.getsid(0) == os.getpid():
+        # A trainer that hangs up has been answered, or will not listen; who has piped requests in wants them answered.
+        grace = CLOSE_GRACE + TERMINATE_GRACE if args.lifeline >= 0 else TIMEOUT
+        _leave_with_the_trainer(wire_in, lifeline, grace)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 

@@ -172,9 +172,11 @@ class Args:
                 if not good(getattr(self, name)):
                     raise ValueError(f"--{name.replace('_', '-')} {rule}, not {getattr(self, name)}")
         try:
-            shlex.split(self.server_command or "")
+            empty = self.server_command is not None and not shlex.split(self.server_command)
         except ValueError as error:
             raise ValueError(f"--server-command cannot be split into words: {error}") from None
+        if empty:
+            raise ValueError("--server-command is empty: leave it out for this Python")
 
 
 def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
@@ -362,7 +364,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for field in fields(Transition)
     )  # each (T, N, ...)
 
-    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A)
+    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
     # The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
     return Rollout(

@@ -180,6 +180,7 @@ STEP_ROWS = [
     ("accept_float64_observation", "obs = np.array([0.5, 0.25])", None),
     ("accept_list_observation", "obs = [0.5, -1]", None),
     ("accept_numpy_scalars", "reward, terminated = np.float32(0.5), np.bool_(True)", None),
+    ("accept_numpy_scalars_in_a_list", "obs = [np.float32(0.5), np.int64(-1)]", None),
     ("accept_integer_reward", "reward = 1", None),
     ("reject_nan_observation", "obs[1] = np.nan", "obs_finite"),
     ("reject_infinite_observation", "obs[0] = -np.inf", "obs_finite"),
@@ -193,6 +194,8 @@ STEP_ROWS = [
     ("reject_string_observation", "obs = np.array(['0.5', '0.5'])", "obs_dtype"),
     ("reject_number_as_string", "obs = [0.5, '0.5']", "obs_type"),
     ("reject_boolean_among_numbers", "obs = [0.5, True]", "obs_type"),
+    ("reject_numpy_boolean_among_numbers", "obs = [0.5, np.True_]", "obs_type"),
+    ("reject_complex_among_numbers", "obs = [0.5, np.complex64(0.5)]", "obs_type"),
     ("reject_none_observation", "obs = None", "obs_type"),
     ("reject_nan_reward", "reward = float('nan')", "reward_finite"),
     ("reject_infinite_reward", "reward = float('inf')", "reward_finite"),
@@ -608,6 +611,30 @@ def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
         assert sorted(os.sched_getaffinity(0)) == cores  # the trainer may go where it likes
 
 
+def test_actions_arrive_as_gymnasium_gives_them(workplace):
+    """As numpy's int64: a plain int would wrap around, added to a uint8."""
+    import gymnasium
+
+    (workplace / "adding.py").write_text("""
+import numpy as np, gymnasium
+class Adding(gymnasium.Env):
+    observation_space, action_space = gymnasium.spaces.Box(0, 255, (1,), np.uint8), gymnasium.spaces.Discrete(9)
+    def reset(self, seed=None, options=None): return np.array([250], np.uint8), {}
+    def step(self, action): return np.array([250], np.uint8), float(np.uint8(250) + action), False, False, {}
+gymnasium.register("Adding-v0", Adding)
+""")
+    contract = Contract((1,), 9, "uint8")
+    make = importlib.import_module("adding").Adding
+    vector = gymnasium.vector.SyncVectorEnv([make, make])
+    vector.reset()
+    sessions = [NativeSession([make(), make()], contract), GymnasiumSession("adding:Adding-v0", contract, 2)]
+    for session in sessions:
+        with session:
+            session.reset(0)
+            rewards = session.step([7, 8]).reward
+        assert rewards.tolist() == vector.step(np.array([7, 8]))[1].tolist() == [257.0, 258.0]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_reset_seeds_environment_i_with_seed_plus_i(workers):
     with GymnasiumSession("CartPole-v1", CARTPOLE, 4, workers) as session:
@@ -948,6 +975,8 @@ def test_a_command_that_cannot_be_run(command):
 
 
 def test_a_command_is_a_list_of_words():
+    with pytest.raises(ValueError, match="server_command is empty"):
+        GymnasiumSession("CartPole-v1", CARTPOLE, server_command=[])
     with pytest.raises(ValueError, match="server_command must be a list"):
         GymnasiumSession("CartPole-v1", CARTPOLE, server_command="python gym_bridge.py")
 
@@ -1034,6 +1063,32 @@ def test_a_server_behind_a_wrapper(wrapper):
         assert transition.truncated.all()
         group = session._servers[0].process.pid
     assert_gone(group)
+
+
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
+@pytest.mark.parametrize("fault", ["reward = None", "raise ValueError"])
+def test_environments_are_closed_after_an_error_too(fault, kind):
+    """They may have a log or a video to finish, of the very episode that went wrong."""
+    case = f"self.close = lambda: open('closed', 'w').close()\n{fault}"
+    session = odd_session(kind, case, "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises((ContractViolation, BridgeError)):
+        session.step([0, 0, 0])
+    assert Path("closed").exists()
+
+
+def test_a_server_refuses_a_step_after_one_that_failed_half_way():
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "odd_envs:Odd-v0", "--num-envs", "3"]
+    command += ["--make-kwargs", quote(json.dumps({"case": "self.t += 9; raise ValueError"}))]
+    step = {"cmd": "step", "actions": [0, 0, 0]}
+    requests = [{"cmd": "reset", "seed": 0}, step, step, step, {"cmd": "reset", "seed": 0}, step, {"cmd": "close"}]
+    text = "".join(json.dumps({"id": number, **request}) + "\n" for number, request in enumerate(requests))
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [reply["ok"] for reply in replies] == [True, True, False, False, True, True, True]
+    assert replies[2]["env"] == 1
+    assert "half-way: reset first" in replies[3]["error"]
 
 
 @pytest.mark.parametrize("kind", ["native", "1 worker"])
@@ -1219,6 +1274,30 @@ while True: session.step([0, 0])
     trainer.stdout.close()
 
 
+def test_a_server_behind_a_launcher_that_stays_and_drops_descriptors_does_not_outlive_a_killed_trainer():
+    """It neither leads its session nor has the lifeline, but knows that there was one."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from gym_bridge import *
+launcher = ["sh", "-c", 'for f in 3 4 5 6 7 8 9; do eval "exec $f<&-"; done; "$0" "$@"; true']
+command = [*launcher, sys.executable, {str(HERE / "gym_bridge.py")!r}]
+case = dict(case="__import__('time').sleep(60)")
+session = GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 1, case, server_command=command)
+session.reset(0)
+session.step([0, 0])
+print(session._servers[0].process.pid, flush=True)
+session.step([0, 0])
+"""], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    group = int(trainer.stdout.readline())
+    time.sleep(0.25)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    time.sleep(2)  # its grace
+    assert_gone(group)
+
+
 @pytest.mark.parametrize("wait", [True, False], ids=["ready", "starting"])
 def test_a_session_that_is_dropped_takes_its_servers_along(wait):
     session = GymnasiumSession("CartPole-v1", CARTPOLE, 2, 2, wait=wait)
@@ -1311,19 +1390,22 @@ def test_a_person_who_stops_listening_or_asks_for_no_environment_or_presses_ctrl
     assert server.returncode == -signal.SIGINT
 
 
-def test_requests_piped_in_are_answered_however_long_the_start_takes(workplace):
-    """The server leads its session, as in a container: a hang-up ends it, but not before it has read everything."""
-    (workplace / "slow.py").write_text("import time\ntime.sleep(3)\n")
-    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "slow:CartPole-v1"]
+@pytest.mark.parametrize("what", ["start", "step"])
+def test_requests_piped_in_are_answered_however_long_it_takes(workplace, what):
+    """The server leads its session, as in a container: a hang-up ends it, but not before everything is answered."""
+    (workplace / "slow.py").write_text(f"import time\nimport odd_envs\ntime.sleep({3 * (what == 'start')})\n")
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "slow:Odd-v0"]
+    command += ["--make-kwargs", quote(json.dumps({"case": "__import__('time').sleep(3)"}))] if what == "step" else []
     requests = [
         {"id": 1, "cmd": "reset", "seed": 1},
         {"id": 2, "cmd": "step", "actions": [0]},
-        {"id": 3, "cmd": "close"},
+        {"id": 3, "cmd": "step", "actions": [0]},
+        {"id": 4, "cmd": "close"},
     ]
     text = "".join(json.dumps(request) + "\n" for request in requests)
     done = subprocess.run(command, input=text, capture_output=True, text=True, start_new_session=True)
     assert [(json.loads(line)["id"], json.loads(line)["ok"]) for line in done.stdout.splitlines()] == [
-        (1, True), (2, True), (3, True),
+        (1, True), (2, True), (3, True), (4, True),
     ]  # fmt: skip
     assert done.returncode == 0
 
@@ -1332,7 +1414,7 @@ def test_a_socket_that_is_hung_up_on_one_side(workplace):
     """So does an ssh that ends; the environment hangs and never reads again."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "odd_envs:Odd-v0", "--num-envs", "2"]
-    command += ["--make-kwargs", quote(json.dumps({"case": "import time; time.sleep(60)"}))]
+    command += ["--make-kwargs", quote(json.dumps({"case": "import time; time.sleep(60)"})), "--lifeline", "99"]
     with ours, subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True) as server:
         theirs.close()
         for request in ({"cmd": "reset", "seed": 0}, {"cmd": "step", "actions": [0, 0]}):
@@ -3095,6 +3177,7 @@ def test_weights_that_diverge_end_the_run_with_advice():
 # name, flags, what the message says
 PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
+    ("no_command", ["--server-command", " "], "--server-command is empty"),
     ("zero_envs", ["--num-envs", "0"], "--num-envs must be an integer above 0"),
     ("negative_updates", ["--updates", "-3"], "--updates must be an integer above 0"),
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide --num-envs * --num-steps (256)"),
