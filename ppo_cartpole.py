@@ -15,8 +15,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, but no longer pushes one whose probability has changed by a fifth of what it was; the critic
-    learns to predict better.
+    others less likely, and stops pushing one once its probability has changed by a fifth of itself in that direction;
+    the critic learns to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 

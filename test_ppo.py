@@ -1715,6 +1715,31 @@ print(loss.item() == (info["policy_loss"] + 0.5 * info["value_loss"]).item())
     assert done.stdout.splitlines() == ["[[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]", "True"], done.stderr
 
 
+def test_inputs_and_muon_run_when_pasted():
+    """With what the README says that they need."""
+    source = (HERE / "ppo_pong_ram.py").read_text()
+    names = ("Inputs", "Muon", "orthogonal")
+    nodes = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]
+    pasted = [ast.get_source_segment(source, node) for node in nodes]
+    assert len(pasted) == 3
+    program = (
+        "\n\n".join(["import math, torch", "from torch import nn", "from typing import Any", *pasted]).replace(
+            'plain(torch.optim.Optimizer, "momentum_buffer")', "torch.optim.Optimizer"
+        )
+        + """
+inputs, seen = Inputs((2, 3)), torch.arange(24, dtype=torch.uint8).view(4, 2, 3)
+inputs.update(seen)
+weights = nn.Parameter(torch.eye(2))
+optimizer = Muon([weights])
+weights.sum().backward()
+optimizer.step()
+print(list(inputs(seen).shape), bool((weights != torch.eye(2)).all()))
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[4, 6] True\n", done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------- PPO loss
 
 
@@ -1927,6 +1952,21 @@ def test_log_probs_are_those_of_the_policy_that_acted():
     for t, logits in enumerate(actor.said):
         expected = logits.double().log_softmax(-1)[range(3), rollout.actions[t]]
         assert torch.allclose(rollout.log_probs[t].double(), expected, atol=1e-6)
+
+
+def test_an_action_may_be_masked():
+    """As the docstring says: its probability is 0, and neither loss nor entropy nor gradients see it."""
+    torch.manual_seed(3)
+    logits, rest = torch.randn(8, 2), [torch.randn(8) for _ in range(4)]
+    results = []
+    for masked in False, True:
+        shown = torch.cat([logits, torch.full((8, 1), -1e9)], -1) if masked else logits.clone()
+        shown.requires_grad_()
+        loss, info = ppo.ppo_loss(shown, rest[0], torch.tensor([0, 1] * 4), *rest[1:], ent_coef=0.1)
+        loss.backward()
+        assert not shown.grad[:, 2:].any()
+        results.append([loss.detach(), *info.values(), *shown.grad[:, :2].flatten()])
+    assert torch.allclose(*map(torch.stack, results))
 
 
 def test_ratio_is_exactly_one_before_the_first_step(monkeypatch):
