@@ -177,7 +177,7 @@ class Contract:
         (Held in float64: integers beyond 2**53 are rounded.)
     reward_range: (low, high).  Ends included.
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
-        infinity is always refused: it may be a number that was too large.)
+        infinity is always refused: it may be a number that was too large.  So are such rewards by a server.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
 
     Raises ValueError if it contradicts itself.
@@ -296,8 +296,8 @@ class Contract:
             raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", str(array[index]), env)
         return cast
 
-    def _from_list(self, raw: object, env: int) -> Array:
-        parts: Iterator[Any] = self._flatten(raw, self.obs_shape, env)
+    def _from_list(self, raw: Any, env: int) -> Array:
+        parts = self._flatten(raw, self.obs_shape, env)
         numbers = [part.item() if _is_scalar(part) else part for part in parts]
         floats = self._dtype.kind == "f"
         limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
@@ -310,11 +310,11 @@ class Contract:
                 raise ContractViolation("obs_dtype", f"numbers that fit {self.obs_dtype}", _show(number), env)
         return np.array(numbers, self._dtype).reshape(self.obs_shape)
 
-    def _flatten(self, raw: object, shape: tuple[int, ...], env: int) -> Iterator[object]:
+    def _flatten(self, raw: Any, shape: tuple[int, ...], env: int) -> Iterator[Any]:
         if not shape:
             yield raw
-        elif type(raw) in LISTS and len(raw) == shape[0]:  # type: ignore[arg-type]
-            for part in raw:  # type: ignore[attr-defined]
+        elif type(raw) in LISTS and len(raw) == shape[0]:
+            for part in raw:
                 yield from self._flatten(part, shape[1:], env)
         else:
             raise ContractViolation("obs_shape", f"{self.obs_shape}, nested lists of these lengths", _show(raw), env)
@@ -354,8 +354,7 @@ class Contract:
 
     def _check_actions(self, actions: Any, num_envs: int) -> Array:
         """(N,) integers, as a new int64 array."""
-        listed = actions if isinstance(actions, (list, tuple)) else ()
-        if not all(map(_is_int, listed)):
+        if isinstance(actions, LISTS) and not all(map(_is_int, actions)):
             raise ContractViolation("action_type", "integers", _show(actions))
         actions = np.asarray(actions)
         if actions.shape != (num_envs,):
@@ -403,9 +402,7 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a pair of numbers of shape {shape}, not {_show(limits)}") from None
     if not ((low <= high) & (low < np.inf) & (high > -np.inf)).all():
-        raise ValueError(
-            f"{name} must have low <= high, no infinite low and no minus infinite high, not {_show(limits)}"
-        )
+        raise ValueError(f"{name} must have low <= high, no infinite low, no minus infinite high, not {_show(limits)}")
     return low, high
 
 
@@ -638,7 +635,7 @@ class GymnasiumSession(CheckedSession):
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
         num_workers = int(num_workers)
-        self._env_id, self._num_workers, self._timeout = env_id, num_workers, timeout
+        self._env_id, self._timeout = env_id, timeout
         self._again = partial(
             GymnasiumSession,
             env_id,
@@ -668,7 +665,7 @@ class GymnasiumSession(CheckedSession):
             self._handshake(contract)
 
     def twin(self, num_envs: int) -> GymnasiumSession:
-        return self._again(num_envs, min(self._num_workers, num_envs), wait=False)
+        return self._again(num_envs, min(len(self._servers), num_envs), wait=False)
 
     def reset(self, seed: int | None = None) -> Array:
         if not self._connected:
@@ -818,9 +815,7 @@ class _Server:
             )
         except (OSError, ValueError) as error:
             self.lifeline.close()
-            raise BridgeError(
-                f"cannot start the environment server: {error}\n[command: {shlex.join(command)}]"
-            ) from None
+            raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)}]") from None
         finally:
             os.close(lifeline)
         self.stdin: int = self.process.stdin.fileno()  # type: ignore[union-attr]
@@ -1016,9 +1011,7 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise BridgeError(f"describe: versions must map names to strings, not {_show(versions)}")
     try:
-        if not isinstance(reply["obs_shape"], list) or not isinstance(reply["obs_dtype"], str):
-            raise ValueError("obs_shape must be a list, obs_dtype a string")
-        plain = Contract(tuple(reply["obs_shape"]), reply["n_actions"], reply["obs_dtype"])
+        plain = Contract(reply["obs_shape"], reply["n_actions"], reply["obs_dtype"])
         low, high = _unbound(plain, reply["obs_low"], -math.inf), _unbound(plain, reply["obs_high"], math.inf)
         bounded = (low > -np.inf).any() or (high < np.inf).any()
         return replace(plain, obs_range=(low, high) if bounded else None), versions
@@ -1029,8 +1022,7 @@ def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[C
 
 def _unbound(contract: Contract, raw: object, fill: float) -> Array:
     """Declared bounds, null meaning unbounded, as a float64 array of the contract's shape."""
-    bounds = contract._flatten(raw, contract.obs_shape, 0)
-    numbers: list[Any] = [fill if bound is None else bound for bound in bounds]
+    numbers = [fill if bound is None else bound for bound in contract._flatten(raw, contract.obs_shape, 0)]
     if not all(type(number) in NUMBERS for number in numbers):
         raise ValueError("a bound must be a number or null")
     return np.array(numbers, np.float64).reshape(contract.obs_shape)
@@ -1145,8 +1137,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     high = np.where(observation.high == np.inf, null, observation.high).tolist()
     spaces = {"n_actions": contract.n_actions, "obs_shape": list(contract.obs_shape), "obs_dtype": contract.obs_dtype}
     about = {"protocol": PROTOCOL, "env_id": env_id, "num_envs": num_envs, **spaces, "obs_low": low, "obs_high": high}
-    about["versions"] = versions
-    return NativeSession(envs, contract), about
+    return NativeSession(envs, contract), {**about, "versions": versions}
 
 
 def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict[str, Any]:
@@ -1179,7 +1170,7 @@ def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict
         raise BridgeError(session._dead)
     session._dead = HALF_WAY
     batch = session._step(checked)
-    session.contract._check_rewards(batch.reward)  # finite: JSON has no word for what is not
+    session.contract._check_rewards(batch.reward)  # finite in float32: JSON has no word for infinities
     session._dead = None
     return {
         "next_obs": _encode(batch.next_obs, encoding),
@@ -1199,17 +1190,16 @@ def _encode(observations: Array, encoding: str) -> Any:
 
 def _error(error: Exception) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
-    cause: BaseException = error
-    if isinstance(error, SessionFailure) and error.__cause__ is not None:  # what an environment raised
-        cause = error.__cause__
-    if (error is cause and isinstance(error, BridgeError)) or type(cause).__name__ == "DependencyNotInstalled":
-        return {"error": str(cause)}  # what cannot be done as asked; what to install
-    reply: dict[str, Any] = {"error": error.what if isinstance(error, SessionFailure) else _show_error(error)}
-    if isinstance(error, SessionFailure) and error.env is not None:
-        reply["env"] = error.env
+    if not isinstance(error, SessionFailure):
+        return {"error": _show_error(error), "traceback": _show_error(error, whole=True)}
+    reply: dict[str, Any] = {"error": error.what} if error.env is None else {"error": error.what, "env": error.env}
     if isinstance(error, ContractViolation):
         return {**reply, "rule": error.rule, "expected": error.expected, "got": error.got}
-    return {**reply, "traceback": _show_error(cause, whole=True)}
+    if (cause := error.__cause__) is None:
+        return reply  # what cannot be done as asked
+    if type(cause).__name__ == "DependencyNotInstalled":
+        return {"error": str(cause)}  # what to install
+    return {**reply, "traceback": _show_error(cause, whole=True)}  # what an environment raised
 
 
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
@@ -1291,9 +1281,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
     parser.add_argument("--env-id", required=True)
     parser.add_argument("--num-envs", type=int, default=1)
-    parser.add_argument(
-        "--make-kwargs", type=json_object, default={}, help="arguments of gymnasium.make, as JSON (%% as %%25)"
-    )
+    parser.add_argument("--make-kwargs", type=json_object, default={}, help="for gymnasium.make: JSON (%% as %%25)")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, default=-1, help="a pipe; this process group dies when it is closed")
     args = parser.parse_args()
@@ -1305,7 +1293,7 @@ def _main() -> None:
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
-    # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else with a process group of its own?
+    # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else leading a session of its own?
     if args.lifeline >= 0 or os.getsid(0) == os.getpid():
         # A trainer that hangs up has been answered, or will not listen; who has piped requests in wants them answered.
         grace = CLOSE_GRACE + TERMINATE_GRACE if args.lifeline >= 0 else TIMEOUT

@@ -169,11 +169,8 @@ class Args:
         counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
             (counts + " update_epochs", lambda value: type(value) is int and value >= 1, "must be an integer above 0"),
-            (
-                "learning_rate critic_learning_rate clip_coef max_grad_norm",
-                lambda value: 0 < value < math.inf,
-                "must be positive",
-            ),
+            ("learning_rate critic_learning_rate", lambda value: 0 < value < math.inf, "must be positive"),
+            ("clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: type(value) is int and 0 <= value < 2**63, "must be an integer in 0 .. 2**63 - 1"),
             ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
@@ -234,9 +231,7 @@ def check_args(args: Args) -> None:
     except OSError as error:
         raise BadInput(f"cannot find the current directory: {error}") from None
     if len(places) < 4:
-        raise BadInput(
-            "--log, its picture (the same name with .svg), --checkpoint and its .old must be different files"
-        )
+        raise BadInput("--log, its picture (same name with .svg), --checkpoint and its .old must be different files")
     for path in files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -599,14 +594,15 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe; for any other, set ``args.env_id``: its default has a
-    goal).  eval_session: where the greedy policy is evaluated, in environments of its own (default: more of the
-    session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and history from the
-    checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.  Seeds torch, and
-    sets its number of threads.
+    session: where to train (default: what ``args`` describe; for another environment set ``args.env_id``, too, or the
+    default's goal ends the run).  eval_session: where the greedy policy is evaluated, in environments of its own
+    (default: more of the session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and
+    history from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
     """
+    check_args(args)
     torch.set_num_threads(1)  # a second one, awake between its tasks, would take a core from the emulators
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -617,7 +613,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             raise BadInput(f"the session has {session.num_envs} environments: say so in Args(num_envs=...)")
         if session is eval_session:
             raise BadInput("an evaluation would end the episodes of training: it needs a session of its own")
-        check_args(args)
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
@@ -799,7 +794,8 @@ class Run:
     ) -> None:
         """A new run; with ``args.resume``, where the checkpoint was."""
         self.args, self.actor, self.critic, self.optimizers, self.sessions = args, actor, critic, optimizers, sessions
-        files = [args.checkpoint, args.log, args.log.with_suffix(".svg")]
+        files = [args.log, args.log.with_suffix(".svg"), args.checkpoint]
+        self.files = ", ".join(map(str, files))
         self.places = [Path(os.path.abspath(path)) for path in files]  # an environment may change the directory
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
@@ -824,10 +820,8 @@ class Run:
         self.snapshot = self.state()
         self.start_clock()
         resumed = f", after update {self.update}" if args.resume else ""
-        goal = (
-            "" if self.solved_return < math.inf else f" (without --solved-return it ends after update {args.updates})"
-        )
-        print(f"{self.title}{resumed}: starting {args.num_envs} environments{goal}", flush=True)
+        end = "" if self.solved_return < math.inf else f" (without --solved-return it ends after update {args.updates})"
+        print(f"{self.title}{resumed}: starting {args.num_envs} environments{end}", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -847,10 +841,6 @@ class Run:
     @property
     def transitions_checked(self) -> int:
         return self.checked_before + sum(session.transitions_checked for session in self.sessions)
-
-    @property
-    def files(self) -> str:
-        return f"{self.args.log}, {self.args.log.with_suffix('.svg')}, {self.args.checkpoint}"
 
     @property
     def seconds(self) -> float:
@@ -888,9 +878,7 @@ class Run:
             raise BadInput(f"{done}; --updates includes these: raise it")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
-            example = [
-                {name: torch.zeros(()) if name == "step" else each for name in optimizer.moments} for each in weights
-            ]
+            example = [{name: torch.zeros(()) if name == "step" else w for name in optimizer.moments} for w in weights]
             begun = stored["state"] or state["update"]  # there are no moments yet before the first update
             check_form("optimizer", stored["state"], dict(enumerate(example)) if begun else {})
             # The moments alone: whatever else an optimiser has comes from the code and the flags.
@@ -923,10 +911,7 @@ class Run:
             "actor": cloned(self.actor.state_dict()),
             "critic": cloned(self.critic.state_dict()),
             "optimizers": [cloned(optimizer.state_dict()) for optimizer in self.optimizers],
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if self.args.cuda else None,
-            },
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.args.cuda else None},
         }
 
     def complete_update(
@@ -937,9 +922,7 @@ class Run:
         Raises FloatingPointError if the update has ruined the weights; then the one before it is kept.
         """
         if not all(weights.isfinite().all() for weights in (*self.actor.parameters(), *self.critic.parameters())):
-            raise FloatingPointError(
-                "weights are no longer finite: a lower --learning-rate, or smaller rewards, may help"
-            )
+            raise FloatingPointError("weights are not finite: a lower --learning-rate, or smaller rewards, may help")
         with uninterrupted():
             self.update += 1
             self.env_steps += self.args.num_steps * self.args.num_envs
@@ -957,8 +940,9 @@ class Run:
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        if not self.rows and self.places[0].exists():  # an older run's: it may have taken long to learn
-            self.places[0].replace(f"{self.places[0]}.old")
+        checkpoint = self.places[-1]
+        if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
+            checkpoint.replace(f"{checkpoint}.old")
         with uninterrupted():
             self.add_row(float(returns.mean()))
         self.save()
@@ -995,17 +979,20 @@ class Run:
             yield
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
-            if self.rows:
-                with uninterrupted():
-                    if self.rows[-1] < self.update:
-                        self.add_row(math.nan)  # there was no evaluation
+            if not self.rows:
+                raise
+            with uninterrupted():
+                if self.rows[-1] < self.update:
+                    self.add_row(math.nan)  # there was no evaluation
+                try:
                     self.save()
-                    with contextlib.suppress(OSError):  # the reader may be gone
-                        if sys.stdout.isatty():
-                            print()
-                        print(
-                            f"saved everything up to update {self.update}, for --resume: {self.files}", file=sys.stderr
-                        )
+                    outcome = f"saved everything up to update {self.update}, for --resume: {self.files}"
+                except OSError as failure:  # a full disk must not hide what has ended the run
+                    outcome = f"could not save everything: {failure}"
+                with contextlib.suppress(OSError):  # the reader may be gone
+                    if sys.stdout.isatty():
+                        print()
+                    print(outcome, file=sys.stderr)
             raise
 
     def save(self) -> None:
@@ -1017,7 +1004,7 @@ class Run:
         state |= {"transitions_checked": self.transitions_checked, "violations": self.violations, "seconds": seconds}
         torch.save(state, buffer)
         log = json.dumps(self.train_log(seconds), indent=1).encode()
-        contents = [buffer.getvalue(), log, learning_curve(self).encode(errors="replace")]
+        contents = [log, learning_curve(self).encode(errors="replace"), buffer.getvalue()]
         with contextlib.ExitStack() as attempts:  # all three are tried, whichever fails
             for path, content in zip(self.places, contents, strict=True):
                 attempts.callback(replace_file, path, content)
@@ -1059,7 +1046,7 @@ class Run:
             f"KL {latest['approx_kl']:.3f}",
             f"entropy {latest['entropy']:.2f}",
         ]
-        for expendable in (8, 7, 6, 3, 2):  # a line that is wrapped cannot be rewritten in place
+        for expendable in (8, 7, 6, 3, 2):  # from entropy to speed: a line that wraps cannot be rewritten in place
             if sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
                 del parts[expendable]
         self.show("  ".join(parts).replace("nan", "-"))
@@ -1111,7 +1098,7 @@ def check_form(name: str, stored: Any, example: Any) -> None:
 
 
 def cloned(tree: Any) -> Any:
-    """A state dict with tensors of its own (copy.deepcopy does the same, ten times slower)."""
+    """A state dict with tensors of its own (copy.deepcopy does the same, in twenty times the time)."""
     if isinstance(tree, dict):
         return {key: cloned(value) for key, value in tree.items()}
     return tree.clone() if isinstance(tree, torch.Tensor) else tree
@@ -1186,9 +1173,7 @@ def stored_args(args: Args) -> Args:
             elif type(stored[name]) not in ((*kinds, int) if float in kinds else kinds):  # 1 will do for 1.0
                 raise TypeError(f"{name} is {stored[name]!r}")
         if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
-            raise BadInput(
-                f"{args.checkpoint}: to run the module of its environment, say --env-id {stored['env_id']!r}"
-            )
+            raise BadInput(f"{args.checkpoint}: to run its environment's module, say --env-id {stored['env_id']!r}")
         return Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
@@ -1285,12 +1270,11 @@ def main() -> None:
         args = tyro.cli(Args)
         if args.resume or args.watch:
             args = tyro.cli(Args, default=stored_args(args))
-        if args.cuda and not args.watch and not torch.cuda.is_available():
-            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         if args.watch:
             watch(args)
+        elif args.cuda and not torch.cuda.is_available():
+            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         else:
-            check_args(args)  # before --resume starts any server
             train(args, *EARLY)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2773,6 +2773,26 @@ def test_where_one_file_cannot_be_written_the_others_are():
     assert run.args.log.is_file()
 
 
+class LastStraw(CartPoleEnv):
+    """It takes the checkpoint's place away, and then shows a NaN."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        if Path("log.json").exists():  # there has been an evaluation
+            Path("checkpoint.pt").unlink()
+            Path("checkpoint.pt").mkdir()
+            observation = np.full_like(observation, np.nan)
+        return observation, *rest
+
+
+def test_what_cannot_be_saved_does_not_hide_what_ended_the_run(capsys):
+    args = ppo.Args(num_envs=1, num_minibatches=1, eval_max_steps=1, log="log.json", checkpoint="checkpoint.pt")
+    with pytest.raises(ContractViolation, match="step 1, environment 0: contract rule obs_finite broken"):
+        ppo.train(args, NativeSession([LastStraw()], ppo.CONTRACT), NativeSession([CartPoleEnv()], ppo.CONTRACT))
+    assert re.match(r"could not save everything: .*checkpoint\.pt", capsys.readouterr().err)
+    assert notes(read_log("log.json"))["violations"] == "1"  # the others are saved all the same
+
+
 class Wanderer(CartPoleEnv):
     """It changes the directory that this process works in."""
 
