@@ -177,7 +177,7 @@ class Contract:
         (Held in float64: integers beyond 2**53 are rounded.)
     reward_range: (low, high).  Ends included.
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
-        infinity is always refused: it may be a number that was too large.  So are such rewards by a server.)
+        infinity is always refused: it may be a number that was too large.  A server always refuses such rewards.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
 
     Raises ValueError if it contradicts itself.
