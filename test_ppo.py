@@ -2717,7 +2717,7 @@ def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
     assert read_log("log.json")["steps"] == [0, 1]
 
 
-def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint():
+def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint(monkeypatch):
     ppo.train(ppo.Args(updates=1, eval_max_steps=1, num_steps=48, num_minibatches=6))
     flags = ["--resume", "--num-minibatches", "3"]  # no divisor of the default, 8 * 32
     args = tyro.cli(ppo.Args, args=flags, default=ppo.stored_args(tyro.cli(ppo.Args, args=flags)))
@@ -2725,6 +2725,9 @@ def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint():
     ppo.check_args(args)
     with pytest.raises(ppo.BadInput, match=r"--num-minibatches must divide --num-envs \* --num-steps \(384\).*not 7"):
         ppo.check_args(dataclasses.replace(args, num_minibatches=7))
+    monkeypatch.setattr(subprocess, "Popen", None)  # train starts no server before it has looked
+    with pytest.raises(ppo.BadInput, match="--num-minibatches must divide"):
+        ppo.train(ppo.Args(num_minibatches=7))
 
 
 def test_files_that_cannot_be_are_refused_before_the_first_step():
