@@ -252,6 +252,10 @@ def stop(message: object, code: int) -> NoReturn:
     """End the program with one message to the person who started it."""
     with contextlib.suppress(OSError):  # the reader may be gone
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try once more at the end, and leave with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 

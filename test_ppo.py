@@ -11,6 +11,7 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import gc
 import importlib
 import inspect
@@ -23,12 +24,15 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -118,11 +122,11 @@ class LateActions(Odd):
 class Unlike(Odd):
     made = 0
 
-    def __init__(self):
+    def __init__(self, what="action_space"):
         super().__init__()
         Unlike.made += 1
         if Unlike.made == 2:
-            self.action_space = Discrete(5)
+            setattr(self, what, Discrete(5) if what == "action_space" else Box(-2, 2, (2,), np.float32))
 
 
 class Unfinished(Odd):
@@ -130,7 +134,24 @@ class Unfinished(Odd):
         exec(fault)
 
 
-for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions", "Unlike", "Unfinished":
+class Honest(gymnasium.Env):
+    """Each episode is one step long, and pays its seed."""
+
+    metadata = {"render_modes": ["human"], "render_fps": 50}
+    observation_space, action_space = Box(0, 1, (1,), np.float32), Discrete(2)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, seed=None, options=None):
+        self.seed = 0 if seed is None else seed
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), self.seed, True, False, {}
+
+
+for name in "Counting", "Odd", "ByteImage", "DictObservation", "LateActions", "Unlike", "Unfinished", "Honest":
     if f"{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"{name}-v0", f"odd_envs:{name}")
 '''
@@ -293,6 +314,26 @@ def test_finite_is_what_float32_can_hold(number):
         session.step([action])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_no_infinity_in_any_dtype(dtype):
+    case = f"obs = np.array([0, np.inf], np.{dtype})"
+    with native("Odd", 3, Contract((2,), 2, dtype), case=case) as session:
+        session.reset(0)
+        session.step([0, 1, 0])
+        with pytest.raises(ContractViolation, match=r"environment 1: contract rule obs_finite broken"):
+            session.step([0, 1, 0])
+
+
+@pytest.mark.parametrize("case", ["obs[1] = 2", "obs[0] = np.inf", "reward = 2", "reward = -np.inf"])
+def test_a_range_holds_without_the_check_for_finite_values(case):
+    contract = dataclasses.replace(ODD, check_obs_finite=False, check_reward_finite=False)
+    with native("Odd", 3, contract, case=case) as session:
+        session.reset(0)
+        session.step([0, 1, 0])
+        with pytest.raises(ContractViolation, match=r"environment 1: contract rule (obs|reward)_range broken"):
+            session.step([0, 1, 0])
+
+
 def test_a_contract_does_not_change_with_what_it_was_made_of():
     limits = [0, 1]
     contract = Contract((2,), 2, obs_range=limits, reward_range=limits)
@@ -352,6 +393,15 @@ def test_a_twin_is_of_what_the_session_was_made_of():
             twin.reset(0)
             twin.step([0, 0, 0])
             assert twin.step([0, 0, 0]).reward.tolist() == [0.5, 1.0, 0.5]
+
+
+def test_a_native_twin_is_of_every_environment():
+    module = importlib.import_module("odd_envs")
+    envs = [module.Odd(case="reward = 1.0"), module.Odd(case="reward = 0.0")]
+    with NativeSession(envs, ODD) as session, session.twin(2) as twin:
+        twin.reset(0)
+        twin.step([0, 0])
+        assert twin.step([0, 0]).reward.tolist() == [0.5, 0.0]
 
 
 ACTION_ROWS = [
@@ -455,6 +505,21 @@ def test_integer_observations_take_no_float_and_no_overflow(case, rule):
                 session.step([0, 0])
 
 
+@pytest.mark.parametrize(("obs_range", "bad"), [((0, 100), 101), ((100, 255), 99)])
+def test_a_range_that_shares_one_end_with_its_dtype_is_checked_at_the_other(obs_range, bad):
+    class Bytes:
+        def reset(self, seed=None):
+            return np.array(obs_range, np.uint8), {}
+
+        def step(self, action):
+            return np.array([100, bad], np.uint8), 0.0, False, False, {}
+
+    session = NativeSession([Bytes()], Contract((2,), 2, "uint8", obs_range))
+    session.reset(0)
+    with pytest.raises(ContractViolation, match=r"obs_range broken: expected observation\[1\]"):
+        session.step([0])
+
+
 def test_the_readme_names_every_rule():
     readme = (HERE / "README.md").read_text()
     for rule, meaning in RULES.items():
@@ -544,11 +609,33 @@ def test_arrays_are_overwritten_neither_by_the_session_nor_by_its_user():
         first *= 7
         seen = session.observation
         seen *= 7
-        transition = session.step([0])
+        actions = np.array([0])
+        transition = session.step(actions)
+        actions[:] = 2
+        assert transition.action.tolist() == [0]
         transition.next_observation[:] = 7
         assert transition.observation.tolist() == [[1, 0]]
         assert session.step([0]).observation.tolist() == [[1, 1]]
         assert transition.next_observation.tolist() == [[7, 7]]
+
+
+def test_environments_may_share_an_array():
+    class Sharing:
+        array = np.zeros(1, np.float32)
+
+        def reset(self, seed=None):
+            self.seed = self.seed if seed is None else seed
+            self.array[:] = self.seed
+            return self.array, {}
+
+        def step(self, action):
+            self.array[:] = 9
+            return self.array, 0.0, True, False, {}
+
+    session = NativeSession([Sharing(), Sharing()], Contract((1,), 2))
+    assert session.reset(1).tolist() == [[1], [2]]
+    session.step([0, 0])
+    assert session.observation.tolist() == [[1], [2]]  # of the next episodes
 
 
 @pytest.mark.parametrize("kind", ["native", "2 workers"])
@@ -598,6 +685,65 @@ def test_a_twin_is_a_session_of_its_own():
             assert session.observation.tolist() == [[1, 0]]
 
 
+def test_a_twin_has_as_many_workers_as_the_session_or_one_for_each_environment():
+    with GymnasiumSession("odd_envs:Counting-v0", Contract((2,), 3), 4, 2) as session:
+        for num_envs, hosted in (8, [4, 4]), (3, [1, 2]), (1, [1]):
+            with session.twin(num_envs) as twin:
+                assert [len(server.envs) for server in twin._servers] == hosted
+
+
+def test_a_server_command_is_also_the_twins_and_is_asked_for_the_spaces(workplace):
+    """The module is where that Python alone finds it."""
+    (workplace / "lib").mkdir()
+    (workplace / "lib/far.py").write_text("from odd_envs import *")
+    command = f"env PYTHONPATH=lib {sys.executable} {HERE / 'gym_bridge.py'}"
+    args = ppo.Args(env_id="far:Counting-v0", server_command=command)
+    with ppo.open_session(args, 2) as session, session.twin(1) as twin:
+        assert session.reset(0).tolist() == [[1, 0], [1, 0]]
+        assert twin.reset(0).tolist() == [[1, 0]]
+
+
+def test_a_timeout_is_also_the_twins_and_holds_when_spaces_are_asked_for(workplace):
+    (workplace / "hang.py").write_text("import time; time.sleep(30)")
+    command = [sys.executable, str(workplace / "hang.py")]
+    with GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=1, server_command=command, wait=False) as session:
+        for ask in lambda: session.twin(1).reset(0), lambda: Contract.from_env("Fake-v0", None, command, 1):
+            with pytest.raises(BridgeError, match="no whole reply within 1 s"):
+                ask()
+
+
+@pytest.mark.parametrize("what", ["action_space", "observation_space"])
+def test_environments_that_declare_unlike_spaces_are_refused(what):
+    with (
+        pytest.raises(BridgeError, match="environment 1 declares other spaces than environment 0"),
+        GymnasiumSession("odd_envs:Unlike-v0", Contract((2,), 2), 2, make_kwargs={"what": what}) as session,
+    ):
+        session.reset(0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout": 0},
+        {"timeout": math.nan},
+        {"timeout": math.inf},
+        {"num_workers": 3},
+        {"num_workers": 0},
+        {"num_envs": 2.0},
+    ],
+    ids=str,
+)
+def test_a_session_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GymnasiumSession("CartPole-v1", CARTPOLE, **{"num_envs": 2, **wrong})
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0, True, "1"])
+def test_a_seed_is_a_non_negative_integer(seed):
+    with pytest.raises(BridgeError, match="reset: a seed is a non-negative integer or None"):
+        native("Counting", 1, Contract((2,), 3)).reset(seed)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process can be held to a core on Linux only")
 def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
     """Not where there are more of them, nor where somebody else's command starts them."""
@@ -642,6 +788,22 @@ def test_reset_seeds_environment_i_with_seed_plus_i(workers):
     for env in range(4):
         with cartpole_session(1) as alone:
             np.testing.assert_array_equal(alone.reset(11 + env)[0], together[env])
+
+
+def test_only_the_first_episode_is_seeded():
+    """Those that follow are what they are in Gymnasium's own vector environment."""
+    import gymnasium
+
+    mode = gymnasium.vector.AutoresetMode.SAME_STEP
+    vector = gymnasium.vector.SyncVectorEnv([CartPoleEnv, CartPoleEnv], autoreset_mode=mode)
+    with NativeSession([CartPoleEnv(), CartPoleEnv()], CARTPOLE) as session:
+        assert np.array_equal(session.reset(5), vector.reset(seed=5)[0])
+        for _ in range(60):  # several episodes
+            transition = session.step([1, 1])
+            observation, reward, terminated, *_ = vector.step(np.array([1, 1]))
+            assert np.array_equal(session.observation, observation)
+            assert np.array_equal(transition.reward, reward)
+            assert np.array_equal(transition.terminated, terminated)
 
 
 def test_step_before_reset_and_after_close():
@@ -788,8 +950,14 @@ DESCRIBE_ROWS = [
      ContractViolation, "declared_space.*infinite"),
     ("reject_endless_bound", "reply['obs_low'] = [10**400, None]", ContractViolation, "declared_space"),
     ("reject_other_space", "reply['n_actions'] = 3", ContractViolation, r"Discrete\(2\), got .*Discrete\(3\)"),
+    ("reject_other_dtype", "reply['obs_dtype'] = 'int32'; reply['obs_low'] = reply['obs_high'] = [None, None]",
+     ContractViolation, r"expected Box\(\(2,\), float32.*got Box\(\(2,\), int32"),
+    ("reject_other_shape", "reply.update(obs_shape=[2, 1], obs_low=[[-1], [None]], obs_high=[[1], [None]])",
+     ContractViolation, r"expected Box\(\(2,\), float32.*got Box\(\(2, 1\), float32"),
     ("reject_narrower_space", "reply['obs_high'] = [0.5, 0.5]", ContractViolation,
      r"expected observation\[0\] in \[-1\.0, 1\.0\] or a wider range, got \[-1\.0, 0\.5\]"),
+    ("reject_narrower_space_below", "reply['obs_low'] = [-0.5, None]", ContractViolation,
+     r"expected observation\[0\] in \[-1\.0, 1\.0\] or a wider range, got \[-0\.5, 1\.0\]"),
 ]  # fmt: skip
 
 
@@ -927,6 +1095,14 @@ def test_close_never_raises_and_ends_everything(workplace, name, fault, env):
     assert time.monotonic() - moment < 3
     for server in session._servers:
         assert_gone(server.process.pid)
+
+
+def test_a_server_that_hangs_is_told_before_it_is_killed(workplace):
+    """A docker run, say, which then stops its container."""
+    fault = "signal.signal(15, lambda *_: (open('told', 'w').close(), os._exit(0))); time.sleep(60)"
+    with fake_session(workplace, "close", fault) as session:
+        session.reset(0)
+    assert Path("told").exists()
 
 
 def test_close_while_a_server_hangs_before_it_was_ever_asked(workplace):
@@ -1078,6 +1254,16 @@ def test_environments_are_closed_after_an_error_too(fault, kind):
     assert Path("closed").exists()
 
 
+@pytest.mark.parametrize("kind", ["1 worker", "2 workers"])
+def test_environments_have_time_to_finish_their_files(kind):
+    case = "self.close = lambda: (__import__('time').sleep(0.6), open('closed', 'w').close())"
+    with odd_session(kind, case, "step") as session:
+        session.reset(0)
+        session.step([0, 0, 0])
+        session.step([0, 0, 0])
+    assert Path("closed").exists()
+
+
 def test_a_server_refuses_a_step_after_one_that_failed_half_way():
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "odd_envs:Odd-v0", "--num-envs", "3"]
     command += ["--make-kwargs", quote(json.dumps({"case": "self.t += 9; raise ValueError"}))]
@@ -1109,6 +1295,33 @@ def test_an_error_of_any_length_names_its_environment():
         session.step([0, 0, 0])
         with pytest.raises(BridgeError, match="step 2, environment 1: the environment raised ValueError"):
             session.step([0, 0, 0])
+
+
+def test_of_much_that_a_server_prints_the_last_lines_are_kept():
+    case = "[os.write(2, b'line %d\\n' % k) for k in range(9999)]; os._exit(7)"
+    session = odd_session("1 worker", case, "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match="exit code 7") as caught:
+        session.step([0, 0, 0])
+    shown = [line.strip(" ]") for line in str(caught.value).splitlines() if "line " in line]
+    assert shown == [f"line {k}" for k in range(9979, 9999)]
+    assert len(session._servers[0].stderr_tail) < 10_000
+
+
+def test_observations_of_many_megabytes(workplace):
+    (workplace / "pictures.py").write_text("""
+import numpy as np, gymnasium
+from gymnasium.spaces import Box, Discrete
+class Pictures(gymnasium.Env):
+    observation_space, action_space = Box(0, 255, (500, 500, 3), np.uint8), Discrete(2)
+    def reset(self, seed=None, options=None): return np.full((500, 500, 3), 255, np.uint8), {}
+    def step(self, action): return np.full((500, 500, 3), 255, np.uint8), 0.0, True, False, {}
+gymnasium.register("Pictures-v0", Pictures)
+""")
+    with GymnasiumSession("pictures:Pictures-v0", Contract((500, 500, 3), 2, "uint8"), 2) as session:
+        assert session.reset(0).min() == 255
+        assert session.step([0, 0]).next_observation.min() == 255
 
 
 @pytest.mark.parametrize("meddle", ["step([0, 0])", "reset(0)", "observation", "close()"])
@@ -1174,6 +1387,21 @@ def test_an_environment_that_does_not_want_to_be_closed(error):
         session.close()
 
 
+def test_one_that_cannot_be_closed_does_not_keep_the_others_open():
+    closed = []
+
+    class Clinging:
+        def close(self):
+            raise OSError("no")
+
+    class Good:
+        def close(self):
+            closed.append(self)
+
+    NativeSession([Clinging(), Good()], Contract((2,), 2)).close()
+    assert len(closed) == 1
+
+
 def test_what_nobody_has_thought_of_is_a_bridge_error():
     class Number(np.float64):
         def __float__(self):
@@ -1226,14 +1454,13 @@ def ctrl_c():
 
 
 def test_ctrl_c_while_an_error_is_reported(workplace, ctrl_c):
-    session = fake_session(workplace, "step", "reply['reward'][ENV] = 2; say(json.dumps(reply) + '\\n '); continue")
+    """The report waits for an exit code, which does not come: the server has hung up, and lives."""
+    session = fake_session(workplace, "step", "os.close(1); time.sleep(60)")
     session.reset(0)
     threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        try:
-            session.step([0, 1, 0])
-        finally:
-            time.sleep(1)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        session.step([0, 1, 0])
+    assert "report" in [entry.name for entry in caught.traceback]
     for server in session._servers:
         assert_gone(server.process.pid)
     with pytest.raises(BridgeError):
@@ -1356,20 +1583,26 @@ def test_a_person_can_hold_the_conversation():
 what?
 {"id": "five", "cmd": "step", "actions": [0, 9]}
 {"id": [1e999], "cmd": "reset"}
-{"id": 7, "cmd": "close"}
+{"id": 7, "cmd": "reset", "sed": 1}
+{"id": 8, "cmd": "reset", "seed": -1}
+{"id": 9, "cmd": "close"}
 """
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1", "--num-envs", "2"]
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     replies = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", None, 7]
-    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True, True]
+    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", None, 7, 8, 9]
+    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True, False, False, True]
     assert replies[0]["obs_high"] == [pytest.approx(4.8), None, pytest.approx(math.radians(24)), None]
     assert np.shape(replies[1]["obs"]) == (2, 4)
     assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})
     assert replies[3]["error"].startswith("a request is one line of strict JSON (Expecting value")
     assert "traceback" not in replies[3]
     assert replies[4]["rule"] == "action_range"
+    assert [reply["error"] for reply in replies[6:8]] == [
+        "reset takes no ['sed']",
+        "seed is a non-negative integer or null, not -1",
+    ]
 
 
 def test_a_person_who_stops_listening_or_asks_for_no_environment_or_presses_ctrl_c():
@@ -1875,6 +2108,28 @@ def networks(seed=0):
     return ppo.Actor((4,), 2), ppo.Critic((4,))
 
 
+class Bytes:
+    """Pays 0 or -1."""
+
+    def reset(self, seed=None):
+        return np.zeros(2, np.uint8), {}
+
+    def step(self, action):
+        return np.array([200 * action, 255], np.uint8), -float(action), False, False, {}
+
+
+def small_session(script):
+    """Two environments that the script can learn from."""
+    if script is ppo:
+        return cartpole_session(2)
+    return NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
+
+
+def small_args(script, **flags):
+    smallest = {"updates": 1, "num_envs": 2, "num_minibatches": 1, "eval_episodes": 1, "eval_max_steps": 1}
+    return script.Args(**{"env_id": "Small", **smallest, **flags})
+
+
 def test_a_rollout_goes_on_where_the_last_one_ended():
     class Fixed(torch.nn.Module):
         """Always action 2."""
@@ -1969,24 +2224,91 @@ def test_an_action_may_be_masked():
     assert torch.allclose(*map(torch.stack, results))
 
 
-def test_ratio_is_exactly_one_before_the_first_step(monkeypatch):
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_ratio_is_one_before_the_first_step(script, monkeypatch):
     """In the real training loop: the first minibatch of every update."""
     infos = []
-    original = ppo.ppo_loss
+    original = script.ppo_loss
 
     def recorded(*args):
         loss, info = original(*args)
         infos.append(info)
         return loss, info
 
-    monkeypatch.setattr(ppo, "ppo_loss", recorded)
-    args = ppo.Args(updates=3, update_epochs=2, num_minibatches=4, eval_episodes=1, eval_max_steps=5)
-    ppo.train(args, cartpole_session(8))
+    monkeypatch.setattr(script, "ppo_loss", recorded)
+    script.train(small_args(script, updates=3, update_epochs=2, num_minibatches=4), small_session(script))
     first, later = infos[:: 2 * 4], [info for k, info in enumerate(infos) if k % 8]
     assert len(first) == 3
-    assert [info["approx_kl"].item() for info in first] == [0.0, 0.0, 0.0]
+    assert [info["approx_kl"].item() for info in first] == pytest.approx([0, 0, 0], abs=1e-10)
     assert [info["clip_fraction"].item() for info in first] == [0.0, 0.0, 0.0]
-    assert all(info["approx_kl"] > 0 for info in later)
+    assert all(info["approx_kl"] > 1e-8 for info in later[7:])  # Pong's networks see nothing before the second update
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_flags_arrive(script, monkeypatch):
+    seen = []
+    originals = script.ppo_loss, script.gae
+    monkeypatch.setattr(script, "ppo_loss", lambda *args: (seen.append(args[6:]), originals[0](*args))[1])
+    monkeypatch.setattr(script, "gae", lambda *args: (seen.append(args[5:]), originals[1](*args))[1])
+    flags = {"gamma": 0.44, "gae_lambda": 0.55, "clip_coef": 0.11, "vf_coef": 0.22, "ent_coef": 0.33}
+    script.train(small_args(script, update_epochs=1, **flags), small_session(script))
+    assert seen == [(0.44, 0.55), (0.11, 0.22, 0.33)]
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_minibatches_are_shuffled_parts_of_the_rollout(script, monkeypatch):
+    """Every epoch has all of it, in another order, and what belongs to a sample stays with it."""
+    seen, rollouts = [], []
+    original_loss, original_rollout = script.ppo_loss, script.collect_rollout
+
+    def recorded_loss(logits, values, actions, old_log_probs, advantages, targets, *rest):
+        seen.append(torch.stack([actions.double(), old_log_probs.double(), advantages.double(), targets.double()]))
+        return original_loss(logits, values, actions, old_log_probs, advantages, targets, *rest)
+
+    def recorded_rollout(*args):
+        rollouts.append(original_rollout(*args))
+        return rollouts[-1]
+
+    monkeypatch.setattr(script, "ppo_loss", recorded_loss)
+    monkeypatch.setattr(script, "collect_rollout", recorded_rollout)
+    args = small_args(script, num_steps=16, num_minibatches=4, update_epochs=3)
+    script.train(args, small_session(script))
+    (rollout,) = rollouts
+    judged = (rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated)
+    advantages = script.gae(*judged, args.gamma, args.gae_lambda)
+    columns = (rollout.actions, rollout.log_probs, advantages, advantages + rollout.values)
+    whole = torch.stack([column.flatten().double() for column in columns]).T.tolist()
+    epochs = [torch.cat(seen[k : k + 4], 1).T.tolist() for k in (0, 4, 8)]
+    assert {minibatch.shape for minibatch in seen} == {(4, 8)}
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(whole)
+        assert epoch != whole
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_a_gradient_is_of_one_minibatch_and_clipped_for_each_network(script, monkeypatch):
+    learners, norms = [], []
+    original_init, original_step = script.Run.__init__, script.Adam.step
+
+    def recorded_init(self, args, actor, critic, *rest):
+        learners[:] = actor, critic
+        original_init(self, args, actor, critic, *rest)
+
+    def recorded_step(self):
+        norms.append([float(sum(w.grad.square().sum() for w in each.parameters()).sqrt()) for each in learners])
+        return original_step(self)
+
+    monkeypatch.setattr(script.Run, "__init__", recorded_init)
+    monkeypatch.setattr(script.Adam, "step", recorded_step)
+    rates = {field.name: 1e-30 for field in dataclasses.fields(script.Args) if field.name.endswith("learning_rate")}
+    args = small_args(script, updates=2, update_epochs=3, max_grad_norm=1e9, **rates)
+    script.train(args, small_session(script))
+    for first in 0, 3:  # within an update the weights stay, and so do the gradients: nothing is left of the last
+        assert norms[first + 1 : first + 3] == [pytest.approx(norms[first], rel=1e-3)] * 2
+    norms.clear()
+    script.train(dataclasses.replace(args, max_grad_norm=1e-5), small_session(script))
+    assert norms == [pytest.approx([1e-5, 1e-5], rel=1e-2)] * 6
 
 
 def test_one_update_changes_both_networks_and_target_kl_cuts_epochs():
@@ -2043,6 +2365,42 @@ def test_the_logged_metrics_against_an_oracle(monkeypatch):
     assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
 
 
+def test_a_row_is_the_mean_of_the_updates_since_the_row_before(monkeypatch):
+    infos = []
+    original = ppo.ppo_loss
+
+    def recorded(*args):
+        loss, info = original(*args)
+        infos.append(info)
+        return loss, info
+
+    monkeypatch.setattr(ppo, "ppo_loss", recorded)
+    args = small_args(ppo, updates=4, update_epochs=2, num_minibatches=2, eval_every=2)
+    history = ppo.train(args, cartpole_session(2)).history
+    for name in infos[0]:
+        values = [float(info[name]) for info in infos]
+        assert history[name][1:] == pytest.approx([np.mean(values[:8]), np.mean(values[8:])])
+
+
+def test_the_sampled_return_of_episodes_longer_than_a_rollout():
+    class Five:
+        """Episodes of five steps; those of the first pay 1 each, of the second 2, of the third 3."""
+
+        paid = 0.0
+
+        def reset(self, seed=None):
+            self.t, self.paid = 0, self.paid + 1
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.zeros(1, np.float32), self.paid, self.t == 5, False, {}
+
+    args = small_args(ppo, updates=8, num_steps=2, eval_every=4)
+    run = ppo.train(args, NativeSession([Five(), Five()], Contract((1,), 2)))
+    assert run.history["sampled_return"][1:] == [5.0, 12.5]  # one episode within 8 steps, two more within 16
+
+
 def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(monkeypatch):
     rates, bonuses = [], []
     original_step, original_loss = ppo.Adam.step, ppo.ppo_loss
@@ -2071,6 +2429,21 @@ def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(monk
     ppo.train(args, cartpole_session(2))
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
     assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008])  # with the cube
+
+
+def test_a_schedule_goes_on_after_resume(monkeypatch):
+    rates = []
+    original_step = ppo.Adam.step
+
+    def recorded_step(self):
+        rates.append(self.param_groups[0]["lr"])
+        return original_step(self)
+
+    monkeypatch.setattr(ppo.Adam, "step", recorded_step)
+    args = small_args(ppo, updates=2, anneal_lr=True, learning_rate=0.008, update_epochs=1)
+    ppo.train(args, cartpole_session(2))
+    ppo.train(dataclasses.replace(args, updates=4, resume=True), cartpole_session(2))
+    assert rates == pytest.approx([0.008, 0.004, 0.004, 0.002])
 
 
 def test_the_lean_adam_is_torch_adam():
@@ -2232,16 +2605,13 @@ def test_input_statistics_are_saved_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_pongs_rates_fall_and_its_credit_ends_at_a_reward_and_it_learns_with_two_threads(monkeypatch):
-    class Bytes:
-        def reset(self, seed=None):
-            return np.zeros(2, np.uint8), {}
-
-        def step(self, action):
-            assert torch.get_num_threads() == 1  # the other cores are the emulators'
-            return np.array([action, 255], np.uint8), float(action), False, False, {}
-
+def test_pongs_rates_fall_and_it_learns_with_two_threads(monkeypatch):
     rates = {pong.Adam: [], pong.Muon: []}
+    original_step = Bytes.step
+
+    def step(self, action):
+        assert torch.get_num_threads() == 1  # the other cores are the emulators'
+        return original_step(self, action)
 
     def recorded(optimizer):
         original = optimizer.step
@@ -2253,32 +2623,48 @@ def test_pongs_rates_fall_and_its_credit_ends_at_a_reward_and_it_learns_with_two
 
         return step
 
-    ended = []
-    original_gae = pong.gae
-
-    def recorded_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
-        assert (gamma, gae_lambda) == (0.99, 0.8)
-        ended.append(terminated.tolist() == (rewards != 0).tolist())
-        return original_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
-
+    monkeypatch.setattr(Bytes, "step", step)
     for optimizer in rates:
         monkeypatch.setattr(optimizer, "step", recorded(optimizer))
-    monkeypatch.setattr(pong, "gae", recorded_gae)
-    flags = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "update_epochs": 1, "eval_max_steps": 1}
-    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    falling = {"learning_rate": 0.1, "critic_learning_rate": 0.4}
-    pong.train(pong.Args(env_id="Bytes", updates=5, cut_at_reward=True, **falling, **flags), session)
+    flags = {"update_epochs": 1, "learning_rate": 0.1, "critic_learning_rate": 0.4}
+    pong.train(small_args(pong, updates=5, **flags), small_session(pong))
     for optimizer, actor_rate in (pong.Adam, 0.1), (pong.Muon, 0.2):
         falling = [[actor_rate * left, 0.4 * left] for left in (1, 0.8, 0.6, 0.4, 0.2)]
         assert rates[optimizer] == [pytest.approx(each) for each in falling]
-    assert ended == [True] * 5
-    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=2, **flags), session)
-    assert ended[5:] == [False] * 2  # another game than Pong
-    monkeypatch.setattr(pong, "ENV_ID", "Bytes")
-    session = NativeSession([Bytes(), Bytes()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    pong.train(pong.Args(env_id="Bytes", updates=2, solved_return=1e8, **flags), session)
-    assert ended[7:] == [True] * 2
+
+
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_pongs_networks_have_a_rate_each(which):
+    """One whose rate is next to nothing stays as it is; of the other all weights move."""
+    torch.manual_seed(1)
+    before = {"actor": pong.Actor((3, 4), 2).state_dict(), "critic": pong.Critic((3, 4)).state_dict()}
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3}
+    rates["critic_learning_rate" if which == "actor" else "learning_rate"] = 1e-30
+    after = pong.train(small_args(pong, updates=2, **rates), small_session(pong)).snapshot
+    for network, state in before.items():
+        for name, weights in state.items():
+            if "inputs" not in name:
+                moved = (weights - after[network][name]).abs().max() > 1e-5
+                assert moved == (network == which), f"{network} {name}"
+
+
+@pytest.mark.parametrize("default", [False, True], ids=["another game", "Pong"])
+@pytest.mark.parametrize("cut", [None, True, False])
+def test_pongs_credit_ends_at_a_reward(cut, default, monkeypatch):
+    ended = []
+    original = pong.gae
+
+    def recorded(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
+        assert (rewards < 0).any()
+        assert terminated.any() == terminated.equal(rewards != 0)
+        ended.append(bool(terminated.any()))
+        return original(rewards, values, next_values, terminated, truncated, gamma, gae_lambda)
+
+    monkeypatch.setattr(pong, "gae", recorded)
+    if default:
+        monkeypatch.setattr(pong, "ENV_ID", "Small")
+    pong.train(small_args(pong, cut_at_reward=cut, solved_return=1e8), small_session(pong))
+    assert ended == [default if cut is None else cut]
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
@@ -2336,6 +2722,7 @@ def test_pong_is_held_to_bytes_and_single_points():
     declared = Contract.from_env(pong.ENV_ID, pong.MAKE_KWARGS)
     assert dataclasses.replace(declared, reward_range=(-1.0, 1.0)) == pong.CONTRACT
     with pong.open_session(pong.Args(), 2) as session:
+        assert session.obs_shape == (2, 134)  # as in the legend of the script
         rewards = set()
         session.reset(1)
         for _ in range(120):
@@ -2443,6 +2830,43 @@ def test_what_a_run_shows(short_run):
     assert "data/rl/ppo_cartpole.pt" in lines[-1]
 
 
+def test_the_progress_line_counts_all_environments(capsys):
+    run = ppo.train(ppo.Args(updates=2, eval_episodes=1, eval_max_steps=1), cartpole_session(8))
+    run.args = dataclasses.replace(run.args, updates=102)  # 100 * 32 * 8 steps to go, at 100 steps a second
+    run.began, run.began_steps = time.perf_counter() - 10, run.env_steps - 1000
+    run.print_line()
+    assert re.search(r"update 2/102  512 steps  (100|99)/s  4:1\d left  ", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("columns", [30, 60])
+def test_a_terminal_shows_one_line_that_is_rewritten_and_never_wraps(columns):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    command = [sys.executable, str(HERE / "ppo_cartpole.py"), *SHORT]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # which is how Linux says that it was all
+            while chunk := os.read(ours, 9999):
+                shown += chunk
+    os.close(ours)
+    assert process.returncode == 0
+    _, *rewritten, last = shown.decode().split("\r\x1b[K")
+    last, verdict = last.splitlines()
+    assert verdict.startswith("not solved: CartPole-v1")
+    for line in (*rewritten, last):
+        assert len(line) < columns
+        assert re.match(r"update \d/4  |playing 100", line), line
+    assert last.startswith("update 4/4  1,024 steps" if columns == 60 else "update 4/4  ")
+
+
+def test_a_terminal_that_knows_no_sparkline():
+    done = run_script("--updates", "1", "--eval-max-steps", "1", "--eval-episodes", "1", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " ? " in done.stdout.splitlines()[-1]
+
+
 def test_what_the_log_says(short_run):
     folder, done = short_run
     log = read_log(folder / "data/rl/ppo_cartpole_trainlog.json")
@@ -2480,6 +2904,15 @@ def test_the_picture_is_self_contained_svg(short_run):
         assert word in words
     assert text.count("<polyline") == 2
     assert "href" not in text
+
+
+def test_the_curve_is_drawn_to_the_scale_of_its_axes():
+    history = {"avg_return": [0.0, 500.0], "sampled_return": [math.nan, 100.0], "env_steps": [0, 1000]}
+    picture = ppo.learning_curve(SimpleNamespace(history=history, solved_return=400.0, title="title"))
+    ticks = dict(re.findall(r'y="([\d.]+)" text-anchor="end">(\d+)<', picture))
+    assert (ticks["354.0"], ticks["64.0"]) == ("0", "500")  # four pixels below their lines
+    assert re.findall(r'points="(.*?)"', picture) == ["70.0,350.0 690.0,60.0", "690.0,292.0"]
+    assert 'd="M70 118.0h620" stroke="#666"' in picture  # solved: 400
 
 
 @pytest.mark.parametrize("flags", [[], ["--num-workers", "2"]], ids=["again", "2 workers"])
@@ -2537,6 +2970,57 @@ def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
     assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume", "--solved-return", "1"])).rows == [0, 2]
 
 
+def test_the_clock_of_a_resumed_run():
+    args = ppo.Args(updates=1, eval_episodes=1, eval_max_steps=1)
+    ppo.train(args, cartpole_session(8))
+    state = ppo.load_checkpoint(args.checkpoint)
+    torch.save({**state, "seconds": 1000.0}, args.checkpoint)
+    run = ppo.train(dataclasses.replace(args, resume=True), cartpole_session(8))
+    assert 1000 <= run.seconds < 1060  # the seconds before count
+    assert math.isnan(run.speed)  # the steps before do not, and there are no others
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_an_update_that_is_interrupted_leaves_no_trace(script, monkeypatch):
+    args = small_args(script)
+    whole = script.train(args, small_session(script)).snapshot
+    calls = []
+    original = script.ppo_loss
+
+    def interrupted(*each):
+        calls.append(each)
+        if len(calls) == args.update_epochs + 3:  # in the second update
+            raise KeyboardInterrupt
+        return original(*each)
+
+    monkeypatch.setattr(script, "ppo_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(dataclasses.replace(args, updates=2), small_session(script))
+    kept = script.load_checkpoint(args.checkpoint)
+    for name in "update", "env_steps", "actor", "critic", "optimizers", "rng":
+        assert same(kept[name], whole[name]), name
+
+
+def test_no_episode_is_played_twice():
+    """Not with another seed, nor for another purpose, nor after another update, nor after --resume."""
+    seeds = []
+
+    class Witness:
+        def reset(self, seed=None):
+            seeds.extend([] if seed is None else [seed])
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(1, np.float32), 0.0, True, False, {}
+
+    args = small_args(ppo, updates=2, eval_every=1)
+    for flags in {"seed": 1}, {"seed": 2}, {"seed": 2, "resume": True, "updates": 3}:
+        ppo.train(dataclasses.replace(args, **flags), NativeSession([Witness(), Witness()], Contract((1,), 2)))
+    assert len(seeds) == 3 * (2 + 100) + 3 + 3 + 1  # training and verdicts; evaluations
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < 2**31 + 100
+
+
 def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
     """They overwrite each other's files, whole ones with whole ones."""
     original = os.replace
@@ -2584,6 +3068,30 @@ def test_a_verdict_that_was_interrupted_is_made_up_for(monkeypatch):
             ppo.train(args)
     run = ppo.train(dataclasses.replace(args, resume=True))
     assert (run.solved, run.update, run.rows) == (True, 1, [0, 1])
+
+
+def test_a_verdict_that_does_not_confirm_the_goal_is_not_the_last(capsys):
+    class Fluke:
+        """Pays in the second episode that has a seed, an evaluation's; from the 103rd on, the next one's, for good."""
+
+        seeded = 0
+
+        def reset(self, seed=None):
+            self.seeded += seed is not None
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(1, np.float32), float(self.seeded == 2 or self.seeded > 102), True, False, {}
+
+    args = small_args(ppo, updates=9, eval_every=1, solved_return=1.0)
+    run = ppo.train(args, NativeSession([Fluke(), Fluke()], Contract((1,), 2)))
+    assert (run.solved, run.update, run.history["avg_return"]) == (True, 2, [0.0, 1.0, 1.0])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("solved: ")
+
+
+def test_a_goal_of_0_is_a_goal():
+    args = ppo.Args(updates=1, eval_every=1, eval_episodes=1, eval_max_steps=1, solved_return=0)
+    assert ppo.train(args, cartpole_session(8)).solved
 
 
 def test_a_run_that_was_interrupted_shows_its_last_evaluation():
@@ -2669,20 +3177,13 @@ def test_ticks_of_the_picture(last, returns):
 
 
 def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own():
-    class Honest:
-        """Each episode pays its seed."""
-
-        def reset(self, seed=None):
-            self.seed = 0 if seed is None else seed
-            return np.zeros(1, np.float32), {}
-
-        def step(self, action):
-            return np.zeros(1, np.float32), self.seed, True, False, {}
-
-    args = ppo.Args(updates=1, num_envs=2, eval_episodes=8)  # 100 is no multiple of 8
-    run = ppo.train(args, NativeSession([Honest(), Honest()], Contract((1,), 2)))
+    args = small_args(ppo, eval_episodes=8)  # 100 is no multiple of 8
+    run = ppo.train(args, native("Honest", 2, Contract((1,), 2)))
     assert run.final_returns.tolist() == [run.episode_seed("final evaluation") + i for i in range(100)]
     assert run.episode_seed("final evaluation") != run.episode_seed("evaluation")
+    run.final_returns = np.array([1.0, 5.0])
+    verdict = notes(run.train_log(0.0))
+    assert (verdict["final_return_mean"], verdict["final_return_std"]) == ("3.0", "2.0")
 
 
 def test_a_session_of_another_size_is_refused():
@@ -2701,11 +3202,41 @@ def test_a_session_that_was_closed_cannot_be_evaluated_in():
         ppo.train(ppo.Args(), session, closed)
 
 
+def test_both_sessions_are_closed_in_the_end():
+    run = ppo.train(ppo.Args(updates=1, eval_episodes=1, eval_max_steps=1), cartpole_session(8))
+    for session in run.sessions:
+        with pytest.raises(BridgeError, match="dead: it was closed"):
+            session.reset(0)
+
+
+def test_a_run_in_a_thread():
+    """Where no signal arrives, and no handler can be set."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ppo.train, small_args(ppo), cartpole_session(2)).result().update == 1
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_there_are_as_many_workers_as_asked_for_but_no_more_than_environments(script):
+    """--watch plays in one environment, however many workers there were in training."""
+    for num_envs, workers in (1, 1), (4, 3):
+        with script.open_session(script.Args(num_workers=3), num_envs) as session:
+            assert len(session._servers) == workers
+
+
 @pytest.mark.parametrize("wrong", [{"updates": 2.5}, {"num_steps": "3"}, {"num_envs": True}, {"seed": 1.0}])
 def test_what_counts_is_an_integer(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be an integer"):
         ppo.Args(**wrong)
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_what_cannot_be_negative_is_refused(script):
+    numbers = [field.name for field in dataclasses.fields(script.Args) if re.match("int|float", str(field.type))]
+    assert len(numbers) > 15
+    for name in set(numbers) - {"solved_return"}:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must "):
+            script.Args(**{name: -1})
 
 
 def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
@@ -2870,6 +3401,7 @@ def test_the_checkpoint_is_data_only(short_run):
     state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
     assert state["args"]["seed"] == 3
     assert state["update"] == 4
+    assert state["optimizers"][0]["param_groups"][0]["eps"] == 1e-5
     actor = ppo.Actor((4,), 2)
     actor.load_state_dict(state["actor"])
 
@@ -3072,6 +3604,24 @@ def test_watch_plays_the_checkpoint(short_run):
     assert "Traceback" not in done.stderr
 
 
+def test_watch_plays_another_episode_each_time(monkeypatch, capsys):
+    args = ppo.Args(seed=7, env_id="odd_envs:Honest-v0", updates=1, eval_episodes=3, num_workers=2)
+    ppo.train(args)
+    capsys.readouterr()
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    ppo.watch(args)
+    assert capsys.readouterr().out.splitlines() == [f"episode {k}: return {6 + k}" for k in (1, 2, 3)]
+
+
+def test_watch_of_another_environment(short_run):
+    folder, _ = short_run
+    flags = ["--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--env-id", "Acrobot-v1"]
+    done = run_script("--watch", *flags, SDL_VIDEODRIVER="dummy")
+    assert done.returncode == 2
+    assert "ppo_cartpole.pt does not fit Acrobot-v1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display needs no variable")
 def test_watch_needs_a_display(short_run):
     folder, _ = short_run
@@ -3220,6 +3770,52 @@ def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
         assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] >= 5
 
 
+def test_nohup_and_the_sigterm_of_a_cluster():
+    command = [sys.executable, "-u", str(HERE / "ppo_cartpole.py"), "--solved-return", "9999", "--updates", "9999"]
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command],  # what nohup does
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for number, moment in (signal.SIGHUP, "update 5/"), (signal.SIGTERM, "update 15/"):
+        while moment not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "saved everything up to update" in err
+
+
+def test_ctrl_c_waits_for_a_file_to_be_whole(ctrl_c):
+    written = []
+    with pytest.raises(KeyboardInterrupt), ppo.uninterrupted():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        written.append(1)
+    assert written == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(OSError, match="full"), ppo.uninterrupted():
+        raise OSError("full")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full exists on Linux only")
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_output_that_cannot_be_written(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody, open("/dev/full", "w") as full:
+        for output, message in (nobody, "[Errno 32] Broken pipe"), (full, "[Errno 28] No space left on device"):
+            done = subprocess.run(
+                [sys.executable, HERE / "ppo_cartpole.py", *SHORT],
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            )
+            assert (done.returncode, done.stderr) == (1, f"ppo_cartpole.py: {message}\n")
+
+
 def test_a_run_without_stdout():
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} {HERE / 'ppo_cartpole.py'} {' '.join(SHORT)} >&-"],
@@ -3237,6 +3833,13 @@ def test_weights_that_diverge_end_the_run_with_advice():
     assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] == 0
 
 
+def test_a_critic_that_diverges_is_not_kept():
+    args = ppo.Args(updates=3, vf_coef=3e38, eval_episodes=1, eval_max_steps=1)
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        ppo.train(args, cartpole_session(8))
+    assert ppo.load_checkpoint(args.checkpoint)["update"] == 0
+
+
 # name, flags, what the message says
 PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
@@ -3244,6 +3847,7 @@ PERSON_ROWS = [
     ("zero_envs", ["--num-envs", "0"], "--num-envs must be an integer above 0"),
     ("negative_updates", ["--updates", "-3"], "--updates must be an integer above 0"),
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide --num-envs * --num-steps (256)"),
+    ("tiny_minibatches", ["--num-minibatches", "256"], "into parts of at least 2, not 256"),
     ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
     ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
     ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
