@@ -52,6 +52,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -818,6 +819,8 @@ class _Server:
             raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)}]") from None
         finally:
             os.close(lifeline)
+        # Popen, when dropped, keeps the pipes of a child that lives; one without a lifeline lives until its stdin ends.
+        weakref.finalize(self, self.process.stdin.close)  # type: ignore[union-attr]
         self.stdin: int = self.process.stdin.fileno()  # type: ignore[union-attr]
         self.stdout: int = self.process.stdout.fileno()  # type: ignore[union-attr]
         os.set_blocking(self.stdin, False)

@@ -199,7 +199,9 @@ STEP_ROWS = [
     ("accept_plain", "pass", None),
     ("accept_bounds_included", "obs[:] = -1, 1; reward = 1", None),
     ("accept_float64_observation", "obs = np.array([0.5, 0.25])", None),
+    ("accept_integers", "obs = np.array([1, -1])", None),
     ("accept_list_observation", "obs = [0.5, -1]", None),
+    ("accept_tuple_observation", "obs = (0.5, 1)", None),
     ("accept_numpy_scalars", "reward, terminated = np.float32(0.5), np.bool_(True)", None),
     ("accept_numpy_scalars_in_a_list", "obs = [np.float32(0.5), np.int64(-1)]", None),
     ("accept_integer_reward", "reward = 1", None),
@@ -226,6 +228,7 @@ STEP_ROWS = [
     ("reject_boolean_reward", "reward = True", "reward_type"),
     ("reject_none_reward", "reward = None", "reward_type"),
     ("reject_string_reward", "reward = '0.5'", "reward_type"),
+    ("reject_endless_reward", "reward = np.zeros((99, 99)).tolist()", "reward_type"),
     ("reject_array_reward", "reward = np.array([0.5])", "reward_type"),
     ("reject_number_for_terminated", "terminated = 1", "done_type"),
     ("reject_none_for_truncated", "truncated = None", "done_type"),
@@ -278,6 +281,7 @@ def assert_violation(session, call, rule, where):
     with pytest.raises(ContractViolation) as caught:
         call()
     assert (caught.value.rule, caught.value.env) == (rule, 1)
+    assert len(str(caught.value)) < 400
     assert str(caught.value).startswith(f"{where}contract rule {rule} broken: expected ")
     assert ("server pid" in str(caught.value)) == isinstance(session, GymnasiumSession)
     for again in (lambda: session.step([0, 1, 0]), lambda: session.reset(0)):
@@ -412,6 +416,7 @@ ACTION_ROWS = [
     ("reject_float", [0.0, 1.0], "action_type"),
     ("reject_float_array", np.array([0.0, 1.0]), "action_type"),
     ("reject_boolean", [True, 0], "action_type"),
+    ("reject_boolean_array", np.array([True, False]), "action_type"),
     ("reject_too_few", [0], "action_count"),
     ("reject_too_many", [0, 1, 0], "action_count"),
     ("reject_none", None, "action_count"),
@@ -448,7 +453,7 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_shape": 4},
         {"obs_shape": (0,)},
         {"obs_shape": (-3,)},
-        {"obs_shape": (10**9,)},
+        {"obs_shape": ((1 << 20) + 1,)},
         {"obs_shape": (2.0,)},
         {"obs_shape": (1,) * 33},
         {"n_actions": 10**9},
@@ -468,6 +473,9 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_range": (70000, 80000), "obs_dtype": "float16"},
         {"obs_range": 5},
         {"obs_range": (["0", "0"], ["1", "1"])},
+        {"obs_range": (math.inf, math.inf)},
+        {"obs_range": (math.inf, math.inf), "obs_dtype": "uint8"},
+        {"reward_range": (-math.inf, -math.inf)},
         {"reward_range": (1, 0)},
         {"reward_range": (0, 1, 2)},
         {"reward_range": ("0", "1")},
@@ -478,6 +486,37 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
 def test_a_contract_that_contradicts_itself_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
         Contract(**{"obs_shape": (2,), "n_actions": 2, **wrong})
+
+
+def test_a_contract_at_its_limits():
+    Contract((1 << 20,), 1 << 16)
+    Contract((2,), 2, obs_range=([0, -1], [0, 1]), reward_range=(1, 1))  # a sensor that always says the same
+    Contract((2,), 2, "uint8", obs_range=(7, 7))
+
+
+def test_a_violation_says_what_was_expected_of_the_first_that_is_at_fault():
+    for case, message in (
+        ("reward = 2", r"expected a reward in \[0\.0, 1\.0\], got 2\.0"),
+        ("obs = obs[:1]", r"expected \(2,\), got \(1,\)"),
+        ("obs[:] = 0, 2", r"expected observation\[1\] in \[-1\.0, 1\.0\], got 2"),
+    ):
+        session = odd_session("native", case, at="step")
+        session.reset(0)
+        session.step([0, 1, 0])
+        with pytest.raises(ContractViolation, match=message):
+            session.step([0, 1, 0])
+    session = NativeSession([importlib.import_module("odd_envs").Odd(case="obs[:] = 2, 3") for _ in range(3)], ODD)
+    session.reset(0)
+    for env in session._envs[1:]:
+        env.odd = True
+    session.step([0, 1, 0])
+    with pytest.raises(ContractViolation, match=r"step 2, environment 1: .*observation\[0\] in .*, got 2"):
+        session.step([0, 1, 0])
+    session.close()
+    with native("Counting", 3, Contract((2,), 3)) as session:
+        session.reset(0)
+        with pytest.raises(ContractViolation, match=r"step 1, environment 1: .*expected 0 \.\. 2, got 5"):
+            session.step([0, 5, 7])
 
 
 @pytest.mark.parametrize(
@@ -545,6 +584,22 @@ def test_from_env_is_the_contract_that_the_spaces_declare():
     assert hash(contract) == hash(by_hand)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1, None), (None, 1), (None, None)])
+def test_from_env_of_bounds_on_one_side(workplace, low, high):
+    (workplace / "half.py").write_text("""
+import numpy as np, gymnasium
+from odd_envs import Odd
+class Half(Odd):
+    def __init__(self, low, high):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(low or -np.inf, high or np.inf, (2,))
+gymnasium.register("Half-v0", Half)
+""")
+    contract = Contract.from_env("half:Half-v0", {"low": low, "high": high})
+    bounds = ((low or -math.inf,) * 2, (high or math.inf,) * 2)
+    assert contract.obs_range == (bounds if low or high else None)
+
+
 # ------------------------------------------------------------------------------------------------------------- sessions
 
 
@@ -573,6 +628,24 @@ def test_no_transition_crosses_an_episode_boundary():
     assert rows[0][1] == [(obs, next_obs, reward + 1, *done) for obs, next_obs, reward, *done in rows[0][0]]
     assert rows[1] == rows[0]
     assert rows[2] == rows[0]
+
+
+@pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
+def test_terminated_and_truncated_at_once(kind):
+    """As in CartPole, if the pole falls at step 500: Gymnasium allows it."""
+    contract = dataclasses.replace(ODD, require_exclusive_done_flags=False)
+    kwargs = {"case": "obs[:] = 0.5; terminated = truncated = True"}
+    if kind == "native":
+        session = native("Odd", 3, contract, **kwargs)
+    else:
+        session = GymnasiumSession("odd_envs:Odd-v0", contract, 3, int(kind[0]), kwargs)
+    with session:
+        session.reset(0)
+        session.step([0, 0, 0])
+        transition = session.step([0, 0, 0])
+        assert session.observation[1].tolist() == [0, 0]  # of a new episode
+    assert transition.next_observation[1].tolist() == [0.5, 0.5]
+    assert (transition.terminated & transition.truncated).tolist() == transition.done.tolist() == [False, True, False]
 
 
 def transition_row(transition, env):
@@ -738,6 +811,11 @@ def test_a_session_that_cannot_be_is_refused(wrong):
         GymnasiumSession("CartPole-v1", CARTPOLE, **{"num_envs": 2, **wrong})
 
 
+def test_a_session_without_environments_is_refused():
+    with pytest.raises(ValueError, match="at least one environment"):
+        NativeSession([], CARTPOLE)
+
+
 @pytest.mark.parametrize("seed", [-1, 1.0, True, "1"])
 def test_a_seed_is_a_non_negative_integer(seed):
     with pytest.raises(BridgeError, match="reset: a seed is a non-negative integer or None"):
@@ -806,8 +884,24 @@ def test_only_the_first_episode_is_seeded():
             assert np.array_equal(transition.terminated, terminated)
 
 
+@pytest.mark.parametrize("kind", ["native", "2 workers"])
+def test_a_reset_without_a_seed(kind):
+    """Honest pays its seed, and 0 without one."""
+    contract = Contract((1,), 2)
+    if kind == "native":
+        session = native("Honest", 3, contract)
+    else:
+        session = GymnasiumSession("odd_envs:Honest-v0", contract, 3, 2)
+    with session:
+        for seed, paid in (5, [5, 6, 7]), (None, [0, 0, 0]):
+            session.reset(seed)
+            assert session.step([0, 0, 0]).reward.tolist() == paid
+
+
 def test_step_before_reset_and_after_close():
     for session in native("Counting", 1, Contract((2,), 3)), GymnasiumSession("CartPole-v1", CARTPOLE):
+        with pytest.raises(BridgeError, match=r"before reset"):
+            session.observation  # noqa: B018
         with pytest.raises(BridgeError, match=r"before reset"):
             session.step([0])
         session.close()
@@ -943,6 +1037,7 @@ DESCRIBE_ROWS = [
     ("reject_crossed_infinite_bounds",
      "reply.update(obs_low=[7, 7], obs_high=[-7, -7]); say(json.dumps(reply).replace('7', '1e999') + '\\n'); continue",
      ContractViolation, "declared_space.*low <= high"),
+    ("reject_string_bound", "reply['obs_low'] = ['-1', None]", ContractViolation, "declared_space.*must be a number"),
     ("reject_short_bounds", "reply['obs_low'] = [0]", ContractViolation, "declared_space.*nested lists"),
     ("reject_deep_bounds", "say(json.dumps(reply).replace('[-1, null]', '[' * 400 + ']' * 400) + '\\n'); continue",
      ContractViolation, "declared_space"),
@@ -1046,6 +1141,55 @@ def test_the_error_names_the_environment_with_the_bad_value(workplace, name, fau
     assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("reply['truncated'][ENV] = True", "expected one for this environment, got none"),
+        ("reply['reset_obs']['ENV'] = [0, 0]", r"expected none \(it did not finish\) for this environment, got one"),
+    ],
+    ids=["lacking", "unasked"],
+)
+def test_the_error_says_what_is_wrong_with_a_first_observation(workplace, fault, message):
+    session = fake_session(workplace, "step", fault)
+    session.reset(0)
+    with pytest.raises(ContractViolation, match=message):
+        session.step([0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ({"env": -1}, "malformed error reply"),
+        ({"env": 2}, "malformed error reply"),
+        ({"env": True}, "malformed error reply"),
+        ({"rule": "no_such", "expected": "a", "got": "b"}, "boom"),
+    ],
+    ids=str,
+)
+def test_an_error_reply_that_names_what_there_is_not(workplace, error, message):
+    fault = f"reply = {{'id': reply['id'], 'ok': False, 'error': 'boom', **{error!r}}}"
+    with pytest.raises(BridgeError, match=message):
+        fake_session(workplace, "reset", fault).reset(0)
+
+
+@pytest.mark.parametrize("faulty", ["describe", "reset", "step"])
+def test_all_workers_together_have_the_time_of_one_reply(workplace, faulty):
+    """The first answers late, the second never."""
+    server = workplace / "fake_server.py"
+    code = FAKE_SERVER.replace("FAULTY", faulty).replace("HOSTS", "n")
+    server.write_text(code.replace("FAULT", "time.sleep(2 if n == 1 else 60)"))
+    command = [sys.executable, str(server)]
+    session = GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=3, server_command=command, wait=False)
+    assert_fault(session, faulty, BridgeError, "within 3 s")
+
+
+def test_a_timeout_of_years_and_the_default_of_the_readme():
+    with GymnasiumSession("CartPole-v1", CARTPOLE, timeout=1e9) as session:
+        session.reset(0)
+    timeout = inspect.signature(GymnasiumSession).parameters["timeout"].default
+    assert f"`timeout` ({timeout:g} s unless told" in re.sub(r"\s+", " ", (HERE / "README.md").read_text())
+
+
 # What can be wrong with a batch as a whole.
 SHAPE_ROWS = [
     ("reject_short_batch_of_observations", "step", "reply['next_obs'].pop()", "batch_size"),
@@ -1108,7 +1252,7 @@ def test_a_server_that_hangs_is_told_before_it_is_killed(workplace):
 def test_close_while_a_server_hangs_before_it_was_ever_asked(workplace):
     (workplace / "hang.py").write_text("import time; time.sleep(60)")
     command = [sys.executable, str(workplace / "hang.py")]
-    session = GymnasiumSession("Fake-v0", FAKE, 3, 2, server_command=command, wait=False)
+    session = GymnasiumSession("Fake-v0", FAKE, 3, 3, server_command=command, wait=False)
     moment = time.monotonic()
     session.close()
     assert time.monotonic() - moment < 3
@@ -1221,8 +1365,9 @@ def test_what_an_environment_prints_and_reads_is_no_fault(capfd):
 
 
 # Ways to start a server that is not this process's plain child: what is between keeps or drops descriptors.
+DROPS = [sys.executable, "-c", "import os, sys; os.closerange(3, 999); os.execvp(sys.argv[1], sys.argv[1:])"]
 WRAPPERS = [
-    ["sh", "-c", 'for f in 3 4 5 6 7 8 9; do eval "exec $f<&-"; done; exec "$0" "$@"'],  # as at the far end of an ssh
+    DROPS,  # as at the far end of an ssh
     ["sh", "-c", '"$0" "$@"; true'],  # as a launcher that stays
     ["sh", "-c", 'exec sh -c "exec $*"', "ssh"],  # as ssh does it: one text, for another shell to split into words
 ]
@@ -1264,17 +1409,41 @@ def test_environments_have_time_to_finish_their_files(kind):
     assert Path("closed").exists()
 
 
-def test_a_server_refuses_a_step_after_one_that_failed_half_way():
-    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "odd_envs:Odd-v0", "--num-envs", "3"]
-    command += ["--make-kwargs", quote(json.dumps({"case": "self.t += 9; raise ValueError"}))]
-    step = {"cmd": "step", "actions": [0, 0, 0]}
-    requests = [{"cmd": "reset", "seed": 0}, step, step, step, {"cmd": "reset", "seed": 0}, step, {"cmd": "close"}]
+def converse(requests, **make_kwargs):
+    """The replies of a server of two Odds."""
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "odd_envs:Odd-v0", "--num-envs", "2"]
+    command += ["--make-kwargs", quote(json.dumps(make_kwargs))]
     text = "".join(json.dumps({"id": number, **request}) + "\n" for number, request in enumerate(requests))
     done = subprocess.run(command, input=text, capture_output=True, text=True)
-    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines()]  # strict JSON
+
+
+def test_a_server_refuses_a_step_after_one_that_failed_half_way():
+    reset, step = {"cmd": "reset", "seed": 0}, {"cmd": "step", "actions": [0, 0]}
+    replies = converse([reset, step, step, step, reset, step, {"cmd": "close"}], case="self.t += 9; raise ValueError")
     assert [reply["ok"] for reply in replies] == [True, True, False, False, True, True, True]
     assert replies[2]["env"] == 1
     assert "half-way: reset first" in replies[3]["error"]
+
+
+def test_what_a_server_refuses():
+    reset, step = {"cmd": "reset", "seed": 0}, {"cmd": "step", "actions": [0, 0]}
+    replies = converse([{**reset, "encoding": "base46"}, reset, step, step], case="obs[0] = np.nan")
+    assert [reply["ok"] for reply in replies] == [False, True, True, False]
+    assert replies[0]["error"] == 'encoding is "base64" or "json", not \'base46\''
+    replies = converse([{**reset, "seed": 5}, step, reset, step], case="raise ValueError", at="reset")
+    assert [reply["ok"] for reply in replies] == [True, True, False, False]
+    assert "half-way: reset first" in replies[3]["error"]
+
+
+def test_a_file_beside_an_environment_hides_no_module_of_python(workplace):
+    (workplace / "fractions.py").write_text("raise ImportError('mine')")
+    (workplace / "late.py").write_text(
+        "import fractions, gymnasium, odd_envs; gymnasium.register('Late-v0', odd_envs.Odd)"
+    )
+    with GymnasiumSession("late:Late-v0", ODD) as session:
+        session.reset(0)
+        assert session.versions.keys() == {"python", "numpy", "gymnasium"}
 
 
 @pytest.mark.parametrize("kind", ["native", "1 worker"])
@@ -1307,6 +1476,14 @@ def test_of_much_that_a_server_prints_the_last_lines_are_kept():
     shown = [line.strip(" ]") for line in str(caught.value).splitlines() if "line " in line]
     assert shown == [f"line {k}" for k in range(9979, 9999)]
     assert len(session._servers[0].stderr_tail) < 10_000
+
+
+def test_what_was_printed_last_is_shown():
+    session = odd_session("1 worker", "print('last words'); os._exit(7)", "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match=r"(?s)exit code 7.*last words"):
+        session.step([0, 0, 0])
 
 
 def test_observations_of_many_megabytes(workplace):
@@ -1527,12 +1704,23 @@ session.step([0, 0])
 
 @pytest.mark.parametrize("wait", [True, False], ids=["ready", "starting"])
 def test_a_session_that_is_dropped_takes_its_servers_along(wait):
-    session = GymnasiumSession("CartPole-v1", CARTPOLE, 2, 2, wait=wait)
-    pids = [server.process.pid for server in session._servers]
+    for command in None, [*DROPS, sys.executable, str(HERE / "gym_bridge.py")]:
+        session = GymnasiumSession("CartPole-v1", CARTPOLE, 2, 2, server_command=command, wait=wait)
+        pids = [server.process.pid for server in session._servers]
+        del session
+        gc.collect()
+        for pid in pids:
+            assert_gone(pid)
+
+
+def test_a_session_that_is_dropped_while_an_environment_is_being_made_takes_its_server_along():
+    """The environment does not let Python run."""
+    kwargs = {"fault": "import ctypes; ctypes.PyDLL(None).sleep(60)"}
+    session = GymnasiumSession("odd_envs:Unfinished-v0", ODD, make_kwargs=kwargs, wait=False)
+    group = session._servers[0].process.pid
     del session
     gc.collect()
-    for pid in pids:
-        assert_gone(pid)
+    assert_gone(group)
 
 
 def test_a_second_ctrl_c_while_servers_are_being_ended(workplace, ctrl_c):
@@ -2163,6 +2351,8 @@ def test_a_rollout_out_of_step_cannot_be_made():
     with cartpole_session() as session:
         session.reset(0)
         rollout = ppo.collect_rollout(session, *networks(), 3)
+    both = torch.ones_like(rollout.terminated)
+    assert dataclasses.replace(rollout, terminated=both, truncated=both).done.all()
     for field in dataclasses.fields(rollout):
         with pytest.raises(ValueError, match=field.name):
             dataclasses.replace(rollout, **{field.name: getattr(rollout, field.name)[:-1]})
@@ -2311,19 +2501,21 @@ def test_a_gradient_is_of_one_minibatch_and_clipped_for_each_network(script, mon
     assert norms == [pytest.approx([1e-5, 1e-5], rel=1e-2)] * 6
 
 
-def test_one_update_changes_both_networks_and_target_kl_cuts_epochs():
-    quick = {"eval_episodes": 1, "eval_max_steps": 5, "updates": 1, "num_minibatches": 4, "update_epochs": 6}
+def test_one_update_changes_both_networks():
     torch.manual_seed(5)
     before = {"actor": ppo.Actor((4,), 2).state_dict(), "critic": ppo.Critic((4,)).state_dict()}
-    after = ppo.train(ppo.Args(**quick, seed=5), cartpole_session(8)).snapshot
+    after = ppo.train(small_args(ppo, seed=5), cartpole_session(2)).snapshot
     for network, state in before.items():
         for name, weights in state.items():
             assert not torch.equal(weights, after[network][name]), f"{network} {name}"
-    steps = [
-        ppo.train(ppo.Args(**quick, target_kl=kl), cartpole_session(8)).snapshot["optimizers"][0]["state"][0]["step"]
-        for kl in (1e-9, 1e9)
-    ]
-    assert steps == [4, 24]
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+@pytest.mark.parametrize(("target_kl", "most"), [(1e-12, 28), (1e9, 48)])  # Pong's first update changes too little
+def test_target_kl_cuts_epochs(script, target_kl, most):
+    args = small_args(script, updates=2, num_minibatches=4, update_epochs=6, target_kl=target_kl)
+    steps = script.train(args, small_session(script)).snapshot["optimizers"][-1]["state"][0]["step"]
+    assert steps == 48 if most == 48 else steps <= most
 
 
 def test_the_logged_metrics_against_an_oracle(monkeypatch):
@@ -2365,6 +2557,27 @@ def test_the_logged_metrics_against_an_oracle(monkeypatch):
     assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
 
 
+def test_pongs_explained_variance(monkeypatch):
+    seen = []
+    original = pong.gae
+
+    def recorded(rewards, values, *rest):
+        advantages = original(rewards, values, *rest)
+        seen.append((advantages.numpy(), values.numpy()))
+        return advantages
+
+    monkeypatch.setattr(pong, "gae", recorded)
+    run = pong.train(small_args(pong, updates=3, eval_every=1), small_session(pong))
+    advantages, values = seen[-1]
+    expected = 1 - np.var(advantages) / np.var(advantages + values)
+    assert abs(expected) > 0.01
+    assert run.history["explained_variance"][-1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_observations_of_two_dimensions_and_integers():
+    assert ppo.train(small_args(ppo), native("ByteImage", 2, Contract((2, 3), 2, "uint8"))).update == 1
+
+
 def test_a_row_is_the_mean_of_the_updates_since_the_row_before(monkeypatch):
     infos = []
     original = ppo.ppo_loss
@@ -2401,34 +2614,26 @@ def test_the_sampled_return_of_episodes_longer_than_a_rollout():
     assert run.history["sampled_return"][1:] == [5.0, 12.5]  # one episode within 8 steps, two more within 16
 
 
-def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(monkeypatch):
+@pytest.mark.parametrize("script", [ppo, pong])
+@pytest.mark.parametrize("anneal", [True, False])
+def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(script, anneal, monkeypatch):
     rates, bonuses = [], []
-    original_step, original_loss = ppo.Adam.step, ppo.ppo_loss
+    original_step, original_loss = script.Adam.step, script.ppo_loss
 
-    def recorded_step(self, *args, **kwargs):
+    def recorded_step(self):
         rates.append(self.param_groups[0]["lr"])
-        return original_step(self, *args, **kwargs)
+        return original_step(self)
 
     def recorded_loss(*args):
         bonuses.append(args[-1])
         return original_loss(*args)
 
-    monkeypatch.setattr(ppo.Adam, "step", recorded_step)
-    monkeypatch.setattr(ppo, "ppo_loss", recorded_loss)
-    args = ppo.Args(
-        updates=4,
-        anneal_lr=True,
-        num_envs=2,
-        learning_rate=0.008,
-        ent_coef=0.512,
-        update_epochs=1,
-        num_minibatches=1,
-        eval_episodes=1,
-        eval_max_steps=5,
-    )
-    ppo.train(args, cartpole_session(2))
-    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
-    assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008])  # with the cube
+    monkeypatch.setattr(script.Adam, "step", recorded_step)
+    monkeypatch.setattr(script, "ppo_loss", recorded_loss)
+    flags = {"updates": 4, "anneal_lr": anneal, "learning_rate": 0.008, "ent_coef": 0.512, "update_epochs": 1}
+    script.train(small_args(script, **flags), small_session(script))
+    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002] if anneal else [0.008] * 4)
+    assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if anneal else [0.512] * 4)  # with the cube
 
 
 def test_a_schedule_goes_on_after_resume(monkeypatch):
@@ -2588,10 +2793,47 @@ def test_input_scaling_against_numpy(seed, rollouts, constant):
 
 
 def test_inputs_are_stacks_of_bytes():
-    with pytest.raises(ValueError, match="give the session a frame_stack"):
-        pong.Inputs((128,))
+    for shape in (128,), (1, 128):
+        with pytest.raises(ValueError, match="give the session a frame_stack"):
+            pong.Inputs(shape)
     with pytest.raises(TypeError, match="must be bytes"):
         pong.Inputs((3, 2))(torch.zeros(4, 3, 2))
+
+
+def test_inputs_are_clipped_at_five_deviations():
+    """Of a hundred bytes 0 and one 255, that one."""
+    inputs = pong.Inputs((2, 1))
+    seen = torch.zeros(101, 2, 1, dtype=torch.uint8)
+    seen[0] = 255
+    inputs.update(seen)
+    assert inputs(seen)[:2, 0].tolist() == [5.0, pytest.approx(-0.1)]
+
+
+def test_inputs_are_scaled_by_what_was_acted_on(monkeypatch):
+    rollouts = []
+    original = pong.collect_rollout
+
+    def recorded(*args):
+        rollouts.append(original(*args))
+        return rollouts[-1]
+
+    monkeypatch.setattr(pong, "collect_rollout", recorded)
+    run = pong.train(small_args(pong), small_session(pong))
+    for network in run.actor, run.critic:
+        assert torch.equal(network.inputs.total, network.inputs.raw(rollouts[0].observations).double().sum((0, 1)))
+
+
+def test_pongs_new_actor_is_undecided_and_the_weights_are_orthogonal():
+    actor, critic = pong.Actor((2, 134), 6), pong.Critic((2, 134))
+    hidden = [(128, 268), (128,), (128,), (128,), (128, 128), (128,), (128,), (128,)]
+    for net, outputs, gain in (actor.net, 6, 0.01), (critic.net, 1, 1.0):
+        assert [tuple(weights.shape) for weights in net.parameters()] == [*hidden, (outputs, 128), (outputs,)]
+        for layer, expected in (net[0][0], math.sqrt(2)), (net[1][0], math.sqrt(2)), (net[2], gain):
+            assert torch.allclose(layer.weight @ layer.weight.T, expected**2 * torch.eye(len(layer.weight)), atol=1e-5)
+            assert not layer.bias.any()
+        units = net[:2](torch.randn(100, 268))
+        assert (units >= 0).all()
+        assert units.max() > 1.5  # ReLU
 
 
 def test_input_statistics_are_saved_and_no_parameters():
@@ -2697,6 +2939,8 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     assert after["history"]["avg_return"][:2] == state["history"]["avg_return"]
     muon, adam = (optimizer["state"] for optimizer in after["optimizers"])
     assert [moments.keys() for moments in muon.values()] == [{"momentum_buffer"}] * 4
+    shapes = [tuple(moments["momentum_buffer"].shape) for moments in muon.values()]
+    assert shapes == [(128, 268), (128, 128)] * 2  # the matrices of the hidden layers
     assert [moments["step"] for moments in adam.values()] == [3 * 24] * 16
     muon[0]["momentum_buffer"] = torch.zeros(1)
     torch.save(after, "damaged.pt")
@@ -2722,6 +2966,7 @@ def test_pong_is_held_to_bytes_and_single_points():
     declared = Contract.from_env(pong.ENV_ID, pong.MAKE_KWARGS)
     assert dataclasses.replace(declared, reward_range=(-1.0, 1.0)) == pong.CONTRACT
     with pong.open_session(pong.Args(), 2) as session:
+        assert session.contract == pong.CONTRACT
         assert session.obs_shape == (2, 134)  # as in the legend of the script
         rewards = set()
         session.reset(1)
@@ -2730,11 +2975,49 @@ def test_pong_is_held_to_bytes_and_single_points():
         assert rewards == {0.0, -1.0}  # nobody moves: the computer scores
 
 
+def test_cartpole_is_held_to_its_reward():
+    with ppo.open_session(ppo.Args(), 1) as session:
+        assert session.contract == ppo.CONTRACT
+    assert ppo.CONTRACT.reward_range == (0.0, 1.0)
+
+
+def test_defaults_are_those_of_the_readme():
+    readme = re.sub(r"\s+", " ", (HERE / "README.md").read_text())
+    args, default = pong.Args(), ppo.Args()
+    for text in (
+        f"(gamma {args.gamma}, lambda {args.gae_lambda})",
+        f"entropy bonus that is large at first, {args.ent_coef},",
+        f"a greedy mean of {pong.SOLVED_RETURN:g} (of 21) over {pong.FINAL_EPISODES} fresh games",
+        f"over {args.eval_episodes} games reaches {pong.SOLVED_RETURN:g}",
+        f"gamma={default.gamma}, gae_lambda={default.gae_lambda})",
+        f"its default is 0 in the function, {default.ent_coef} in the script",
+        f"{default.eval_episodes} games of ten seconds",
+    ):
+        assert text in readme
+
+
 @pytest.mark.parametrize(("name", "shown"), [("Odd", "float32 of shape (2,)"), ("ByteImage", "uint8 of shape (2, 3)")])
 def test_pong_wants_a_vector_of_bytes(name, shown, monkeypatch):
     monkeypatch.setattr(pong, "MAKE_KWARGS", {})  # no obs_type: these are no games of Atari
     with pytest.raises(pong.BadInput, match=re.escape(f"odd_envs:{name}-v0 shows {shown}: this script wants a vector")):
         pong.open_session(pong.Args(env_id=f"odd_envs:{name}-v0"), 1)
+
+
+@pytest.mark.parametrize(("script", "message"), [(ppo, "too large for these networks"), (pong, "at most 10,000 bytes")])
+def test_up_to_10_000_inputs(script, message, workplace, monkeypatch):
+    (workplace / "large.py").write_text("""
+import numpy as np, gymnasium
+from odd_envs import Odd
+class Large(Odd):
+    def __init__(self, size):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size,), np.uint8)
+gymnasium.register("Large-v0", Large)
+""")
+    for size in 10_000, 10_001:
+        monkeypatch.setattr(script, "MAKE_KWARGS", {"size": size})
+        with pytest.raises(script.BadInput, match=message) if size > 10_000 else contextlib.nullcontext():
+            script.open_session(script.Args(env_id="large:Large-v0"), 1).close()
 
 
 def test_another_atari_game_needs_no_change(monkeypatch, capsys):
@@ -2825,6 +3108,8 @@ def test_what_a_run_shows(short_run):
     assert [line.split("  ")[0] for line in lines[:-1]] == ["update 0/4", "update 2/4", "update 4/4"]
     for word in "steps", "/s", "0:0", "left", "sampled", "greedy", "KL", "entropy":
         assert word in lines[1]
+    assert "  sampled -  " in lines[0]
+    assert "nan" not in done.stdout
     assert re.match(r"not solved: CartPole-v1, greedy return [\d.]+ ± [\d.]+ over 100 fresh episodes", lines[-1])
     assert "1,024 environment steps" in lines[-1]
     assert "data/rl/ppo_cartpole.pt" in lines[-1]
@@ -2834,8 +3119,11 @@ def test_the_progress_line_counts_all_environments(capsys):
     run = ppo.train(ppo.Args(updates=2, eval_episodes=1, eval_max_steps=1), cartpole_session(8))
     run.args = dataclasses.replace(run.args, updates=102)  # 100 * 32 * 8 steps to go, at 100 steps a second
     run.began, run.began_steps = time.perf_counter() - 10, run.env_steps - 1000
+    run.recent["sampled_return"] += [123.0, 125.0]  # since the row before
     run.print_line()
-    assert re.search(r"update 2/102  512 steps  (100|99)/s  4:1\d left  ", capsys.readouterr().out.splitlines()[-1])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"update 2/102  512 steps  (100|99)/s  4:1\d left  sampled 124.0  ", line)
+    assert notes(run.train_log(0.0))["steps_per_second"] in ("99", "100")
 
 
 @pytest.mark.parametrize("columns", [30, 60])
@@ -2855,6 +3143,7 @@ def test_a_terminal_shows_one_line_that_is_rewritten_and_never_wraps(columns):
     _, *rewritten, last = shown.decode().split("\r\x1b[K")
     last, verdict = last.splitlines()
     assert verdict.startswith("not solved: CartPole-v1")
+    assert {line[:10] for line in rewritten} >= {f"update {k}/4" for k in (0, 1, 2, 3, 4)}
     for line in (*rewritten, last):
         assert len(line) < columns
         assert re.match(r"update \d/4  |playing 100", line), line
@@ -2889,7 +3178,10 @@ def test_what_the_log_says(short_run):
     for argument in dataclasses.fields(ppo.Args):
         assert argument.name in found
     assert (found["seed"], found["violations"], found["device"]) == ("3", "0", "cpu")
+    assert (found["environment_steps"], found["solved"]) == ("1024", "False")
     assert f"{int(found['transitions_checked']):,} transitions checked" in done.stdout
+    seconds = float(re.search(r"environment steps and ([\d.]+) s, ", done.stdout)[1])
+    assert seconds == pytest.approx(float(found["wall_seconds"]), abs=1)
     assert found["version_torch"] == torch.__version__
     assert "version_gymnasium" in found
 
@@ -2908,7 +3200,13 @@ def test_the_picture_is_self_contained_svg(short_run):
 
 def test_the_curve_is_drawn_to_the_scale_of_its_axes():
     history = {"avg_return": [0.0, 500.0], "sampled_return": [math.nan, 100.0], "env_steps": [0, 1000]}
-    picture = ppo.learning_curve(SimpleNamespace(history=history, solved_return=400.0, title="title"))
+    picture = ppo.learning_curve(SimpleNamespace(history=history, solved_return=400.0, title="<&>"))
+    assert "&lt;&amp;&gt;" in picture
+    ticks = dict(re.findall(r'x="([\d.]+)" y="370" text-anchor="middle">([\d,]+)<', picture))
+    assert (ticks["70.0"], ticks["690.0"]) == ("0", "1,000")
+    key = re.findall(r'h24" stroke="(#\w+)".*?\n<text [^>]*>([^<]*)<', picture)
+    assert key == [(ppo.SERIES["avg_return"], "greedy policy"), (ppo.SERIES["sampled_return"], "sampled, in training")]
+    assert re.findall(r'<polyline points="[^"]*" stroke="(#\w+)"', picture) == [colour for colour, _ in key]
     ticks = dict(re.findall(r'y="([\d.]+)" text-anchor="end">(\d+)<', picture))
     assert (ticks["354.0"], ticks["64.0"]) == ("0", "500")  # four pixels below their lines
     assert re.findall(r'points="(.*?)"', picture) == ["70.0,350.0 690.0,60.0", "690.0,292.0"]
@@ -3057,16 +3355,17 @@ def test_an_error_in_an_evaluation_says_so(healthy, stage, rows):
     assert rows is None or read_log()["steps"] == rows
 
 
-def test_a_verdict_that_was_interrupted_is_made_up_for(monkeypatch):
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_a_verdict_that_was_interrupted_is_made_up_for(script, monkeypatch):
     def interrupted(run):
         raise KeyboardInterrupt
 
-    args = ppo.Args(updates=9, eval_every=1, eval_episodes=1, eval_max_steps=1, solved_return=1.0)
+    args = small_args(script, updates=9, eval_every=1, solved_return=-1e8)
     with monkeypatch.context() as patch:
-        patch.setattr(ppo.Run, "evaluate_finally", interrupted)
+        patch.setattr(script.Run, "evaluate_finally", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ppo.train(args)
-    run = ppo.train(dataclasses.replace(args, resume=True))
+            script.train(args, small_session(script))
+    run = script.train(dataclasses.replace(args, resume=True), small_session(script))
     assert (run.solved, run.update, run.rows) == (True, 1, [0, 1])
 
 
@@ -3106,9 +3405,15 @@ def test_sparkline():
     assert ppo.sparkline([]) == ""
     assert ppo.sparkline([3.0, math.nan, 3.0]) == "▄▄"
     assert ppo.sparkline([0.0, 5.0, 10.0]) == "▁▄█"
+    assert ppo.sparkline([99.0, *map(float, range(12))]) == "▁▁▂▂▃▄▄▅▆▆▇█"  # the last twelve
     for seed in range(1000):  # the least is the lowest bar, the most the highest, however sums are rounded
         values = np.random.default_rng(seed).uniform(-500, 500, 3)
         assert {ppo.sparkline(values.tolist())[i] for i in (values.argmin(), values.argmax())} == {"▁", "█"}
+
+
+def test_numbers_that_json_does_not_know():
+    numbers = (1.5, math.inf, -math.inf, math.nan)
+    assert [ppo.json_number(number) for number in numbers] == [1.5, "Infinity", "-Infinity", "NaN"]
 
 
 def test_a_rollout_without_differences_does_not_spoil_the_row():
@@ -3176,7 +3481,7 @@ def test_ticks_of_the_picture(last, returns):
         assert 1 <= len(steps) <= 10 or returns == (0.0, 0.0)
 
 
-def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own():
+def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own(capsys):
     args = small_args(ppo, eval_episodes=8)  # 100 is no multiple of 8
     run = ppo.train(args, native("Honest", 2, Contract((1,), 2)))
     assert run.final_returns.tolist() == [run.episode_seed("final evaluation") + i for i in range(100)]
@@ -3184,6 +3489,8 @@ def test_the_verdict_is_over_fresh_episodes_each_with_a_seed_of_its_own():
     run.final_returns = np.array([1.0, 5.0])
     verdict = notes(run.train_log(0.0))
     assert (verdict["final_return_mean"], verdict["final_return_std"]) == ("3.0", "2.0")
+    run.finish()
+    assert "greedy return 3.0 ± 2.0 over 2 fresh episodes" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_session_of_another_size_is_refused():
@@ -3223,7 +3530,9 @@ def test_there_are_as_many_workers_as_asked_for_but_no_more_than_environments(sc
             assert len(session._servers) == workers
 
 
-@pytest.mark.parametrize("wrong", [{"updates": 2.5}, {"num_steps": "3"}, {"num_envs": True}, {"seed": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"updates": 2.5}, {"num_steps": "3"}, {"num_envs": True}, {"seed": 1.0}, {"seed": 2**63}]
+)
 def test_what_counts_is_an_integer(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be an integer"):
@@ -3237,6 +3546,7 @@ def test_what_cannot_be_negative_is_refused(script):
     for name in set(numbers) - {"solved_return"}:
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must "):
             script.Args(**{name: -1})
+    script.Args(ent_coef=0, vf_coef=0)
 
 
 def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
@@ -3249,16 +3559,21 @@ def test_what_python_gives_in_the_place_of_floats_and_paths_can_be_resumed():
 
 
 def test_sizes_given_with_resume_are_held_against_those_of_the_checkpoint(monkeypatch):
-    ppo.train(ppo.Args(updates=1, eval_max_steps=1, num_steps=48, num_minibatches=6))
+    ppo.train(ppo.Args(updates=1, eval_max_steps=1, num_envs=4, num_steps=96, num_minibatches=6))
     flags = ["--resume", "--num-minibatches", "3"]  # no divisor of the default, 8 * 32
     args = tyro.cli(ppo.Args, args=flags, default=ppo.stored_args(tyro.cli(ppo.Args, args=flags)))
-    assert (args.num_steps, args.num_minibatches) == (48, 3)
+    assert (args.num_envs, args.num_steps, args.num_minibatches) == (4, 96, 3)
     ppo.check_args(args)
     with pytest.raises(ppo.BadInput, match=r"--num-minibatches must divide --num-envs \* --num-steps \(384\).*not 7"):
         ppo.check_args(dataclasses.replace(args, num_minibatches=7))
-    monkeypatch.setattr(subprocess, "Popen", None)  # train starts no server before it has looked
-    with pytest.raises(ppo.BadInput, match="--num-minibatches must divide"):
-        ppo.train(ppo.Args(num_minibatches=7))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", None)  # train starts no server before it has looked
+        for script in ppo, pong:
+            with pytest.raises(script.BadInput, match="--num-minibatches must divide"):
+                script.train(script.Args(num_minibatches=7))
+    done = run_script("--resume", "--updates", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("PPO on CartPole-v1, seed 1, after update 1: starting 4 environments")
 
 
 def test_files_that_cannot_be_are_refused_before_the_first_step():
@@ -3631,6 +3946,15 @@ def test_watch_needs_a_display(short_run):
     assert done.stderr.startswith("ppo_cartpole.py: --watch needs a display")
 
 
+def test_watch_elsewhere_needs_no_display_here(short_run):
+    folder, _ = short_run
+    displays = dict.fromkeys(["DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"], "")
+    command = f"env SDL_VIDEODRIVER=dummy {sys.executable} {HERE / 'gym_bridge.py'}"
+    flags = ["--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--eval-episodes", "1", "--eval-max-steps", "2"]
+    done = run_script("--watch", *flags, "--server-command", command, **displays)
+    assert (done.returncode, done.stdout) == (0, "episode 1: return 2\n"), done.stderr
+
+
 def test_an_environment_that_falls_ill_while_it_is_watched():
     """That is a fault, exit code 1; an environment that cannot be shown was wrong input."""
     Path("sick.py").write_text(SICK.replace("2500", "5"))
@@ -3787,16 +4111,24 @@ def test_nohup_and_the_sigterm_of_a_cluster():
     assert "saved everything up to update" in err
 
 
-def test_ctrl_c_waits_for_a_file_to_be_whole(ctrl_c):
-    written = []
-    with pytest.raises(KeyboardInterrupt), ppo.uninterrupted():  # noqa: PT012
-        signal.raise_signal(signal.SIGINT)
-        written.append(1)
-    assert written == [1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with pytest.raises(OSError, match="full"), ppo.uninterrupted():
-        raise OSError("full")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_wait_for_a_file_to_be_whole(number):
+    heard = []
+
+    def hear(*_):
+        heard.append(1)
+
+    before = signal.signal(number, hear)
+    try:
+        with ppo.uninterrupted():
+            signal.raise_signal(number)
+            assert heard == []
+        assert heard == [1]
+        with pytest.raises(OSError, match="full"), ppo.uninterrupted():
+            raise OSError("full")
+        assert signal.getsignal(number) is hear
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full exists on Linux only")
@@ -3887,6 +4219,7 @@ def test_bad_input_gets_one_clear_message(name, flags, message):
     shown = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stderr)
     assert message in shown
     assert "Traceback" not in done.stderr
+    assert "server pid" not in done.stderr  # a server that is well is no matter
     goal = "(without --solved-return it ends after update 300)"
     started = f"PPO on odd_envs:Unlike-v0, seed 1: starting 8 environments {goal}\n"
     assert done.stdout == (started if name == "unlike_each_other" else "")  # the others are refused before that
