@@ -1401,7 +1401,7 @@ def test_environments_are_closed_after_an_error_too(fault, kind):
 
 @pytest.mark.parametrize("kind", ["1 worker", "2 workers"])
 def test_environments_have_time_to_finish_their_files(kind):
-    case = "self.close = lambda: (__import__('time').sleep(0.6), open('closed', 'w').close())"
+    case = "self.close = lambda: (__import__('time').sleep(0.5), open('closed', 'w').close())"
     with odd_session(kind, case, "step") as session:
         session.reset(0)
         session.step([0, 0, 0])
@@ -1632,9 +1632,9 @@ def ctrl_c():
 
 def test_ctrl_c_while_an_error_is_reported(workplace, ctrl_c):
     """The report waits for an exit code, which does not come: the server has hung up, and lives."""
-    session = fake_session(workplace, "step", "os.close(1); time.sleep(60)")
+    fault = "os.close(1); time.sleep(0.1); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+    session = fake_session(workplace, "step", fault)
     session.reset(0)
-    threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt) as caught:
         session.step([0, 1, 0])
     assert "report" in [entry.name for entry in caught.traceback]
