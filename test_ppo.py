@@ -228,7 +228,7 @@ STEP_ROWS = [
     ("reject_boolean_reward", "reward = True", "reward_type"),
     ("reject_none_reward", "reward = None", "reward_type"),
     ("reject_string_reward", "reward = '0.5'", "reward_type"),
-    ("reject_endless_reward", "reward = np.zeros((99, 99)).tolist()", "reward_type"),
+    ("reject_nested_reward", "reward = np.zeros((99, 99)).tolist()", "reward_type"),
     ("reject_array_reward", "reward = np.array([0.5])", "reward_type"),
     ("reject_number_for_terminated", "terminated = 1", "done_type"),
     ("reject_none_for_truncated", "truncated = None", "done_type"),
@@ -453,6 +453,7 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
         {"obs_shape": 4},
         {"obs_shape": (0,)},
         {"obs_shape": (-3,)},
+        {"obs_shape": (10**9,)},
         {"obs_shape": ((1 << 20) + 1,)},
         {"obs_shape": (2.0,)},
         {"obs_shape": (1,) * 33},
@@ -2414,9 +2415,8 @@ def test_an_action_may_be_masked():
     assert torch.allclose(*map(torch.stack, results))
 
 
-@pytest.mark.parametrize("script", [ppo, pong])
-def test_ratio_is_one_before_the_first_step(script, monkeypatch):
-    """In the real training loop: the first minibatch of every update."""
+def recorded_infos(script, monkeypatch):
+    """What ppo_loss says of every minibatch from now on."""
     infos = []
     original = script.ppo_loss
 
@@ -2426,12 +2426,19 @@ def test_ratio_is_one_before_the_first_step(script, monkeypatch):
         return loss, info
 
     monkeypatch.setattr(script, "ppo_loss", recorded)
+    return infos
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_ratio_is_one_before_the_first_step(script, monkeypatch):
+    """In the real training loop: the first minibatch of every update (Pong's networks round parts otherwise)."""
+    infos = recorded_infos(script, monkeypatch)
     script.train(small_args(script, updates=3, update_epochs=2, num_minibatches=4), small_session(script))
     first, later = infos[:: 2 * 4], [info for k, info in enumerate(infos) if k % 8]
     assert len(first) == 3
-    assert [info["approx_kl"].item() for info in first] == pytest.approx([0, 0, 0], abs=1e-10)
+    assert [info["approx_kl"].item() for info in first] == pytest.approx([0] * 3, abs=0 if script is ppo else 1e-10)
     assert [info["clip_fraction"].item() for info in first] == [0.0, 0.0, 0.0]
-    assert all(info["approx_kl"] > 1e-8 for info in later[7:])  # Pong's networks see nothing before the second update
+    assert all(info["approx_kl"] > 1e-10 for info in later)
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
@@ -2511,11 +2518,11 @@ def test_one_update_changes_both_networks():
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
-@pytest.mark.parametrize(("target_kl", "most"), [(1e-12, 28), (1e9, 48)])  # Pong's first update changes too little
-def test_target_kl_cuts_epochs(script, target_kl, most):
-    args = small_args(script, updates=2, num_minibatches=4, update_epochs=6, target_kl=target_kl)
-    steps = script.train(args, small_session(script)).snapshot["optimizers"][-1]["state"][0]["step"]
-    assert steps == 48 if most == 48 else steps <= most
+def test_target_kl_cuts_epochs(script):
+    for target_kl, steps in (1e-12, 2 * 4), (1e9, 2 * 24):
+        args = small_args(script, updates=2, num_minibatches=4, update_epochs=6, target_kl=target_kl)
+        snapshot = script.train(args, small_session(script)).snapshot
+        assert snapshot["optimizers"][-1]["state"][0]["step"] == steps
 
 
 def test_the_logged_metrics_against_an_oracle(monkeypatch):
@@ -2579,15 +2586,7 @@ def test_observations_of_two_dimensions_and_integers():
 
 
 def test_a_row_is_the_mean_of_the_updates_since_the_row_before(monkeypatch):
-    infos = []
-    original = ppo.ppo_loss
-
-    def recorded(*args):
-        loss, info = original(*args)
-        infos.append(info)
-        return loss, info
-
-    monkeypatch.setattr(ppo, "ppo_loss", recorded)
+    infos = recorded_infos(ppo, monkeypatch)
     args = small_args(ppo, updates=4, update_epochs=2, num_minibatches=2, eval_every=2)
     history = ppo.train(args, cartpole_session(2)).history
     for name in infos[0]:
