@@ -15,8 +15,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, and stops pushing one once its probability has changed by a fifth of itself in that direction;
-    the critic learns to predict better.
+    others less likely, each only until its probability has changed by a fifth that way; the critic learns to predict
+    better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -139,11 +139,11 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when the greedy mean return reaches this; set by default for CartPole-v1 only"""
+    """stop when an evaluation, then fresh episodes, reach this mean return; default: 475 for CartPole-v1 only"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
-    """continue from --checkpoint; flags not given keep its values (except paths and what is run)"""
+    """continue from --checkpoint; flags not given keep its values (but for files, commands and modules)"""
     watch: bool = False
     """play greedy episodes of --checkpoint in a window"""
     server_command: str | None = None
@@ -269,8 +269,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix between layers of equal size scales lengths by its gain alone, so neither signals nor
-    gradients explode or vanish when learning begins; sqrt(2) more than makes up for what tanh takes away.
+    An orthogonal matrix scales lengths by its gain, whatever their direction, so neither signals nor gradients explode
+    or vanish when learning begins; sqrt(2) roughly makes up for tanh, which shrinks what is large.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -360,8 +360,8 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         all_logits.append(logits)
         transitions.append(session.step(sampled.cpu().numpy()))
     observations, actions, rewards, next_observations, terminated, truncated = (
-        torch.from_numpy(np.stack([getattr(transition, field.name) for transition in transitions])).to(device)
-        for field in fields(Transition)
+        torch.from_numpy(np.stack([getattr(transition, name) for transition in transitions])).to(device)
+        for name in ("observation", "action", "reward", "next_observation", "terminated", "truncated")
     )  # each (T, N, ...)
 
     log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
@@ -396,11 +396,11 @@ def gae(
 
     Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
-    away most of its noise.  And how many of the rewards that followed?  One reward plus gamma * V(s') has little noise,
-    but all of the critic's error; the sum of all rewards has none of its error, but all the noise.  In between: n
-    rewards, then gamma^n * V of the state they led to ([2], eq. 14).  GAE averages over all n with weights
-    (1 - lambda) * lambda^(n-1), which comes to a sum of one-step errors delta, the one k steps ahead weighted by
-    (gamma * lambda)^k ([2], eq. 16).
+    away most of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
+    r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
+    all the noise.  GAE averages over every number n, n rewards and then gamma^n * V of the state they led to ([2],
+    eq. 14) with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors delta, in which the one
+    k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
@@ -450,12 +450,14 @@ def ppo_loss(
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
     int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
-    critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes:
-    (B, 1) beside (B,) would become (B, B).
+    critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes, since
+    (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
         raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
+    if old_log_probs.requires_grad or advantages.requires_grad or targets.requires_grad:
+        raise ValueError("ppo_loss: compute old_log_probs, advantages and targets under torch.no_grad()")
     # r_t(theta) = pi(a|s) / pi_old(a|s), theta being the actor's weights                  [1], section 3
     log_pi = torch.log_softmax(logits, dim=-1)  # (B, A)
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
@@ -537,11 +539,13 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
     """
-    check_args(args)
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
+        for given in filter(None, (session, eval_session)):
+            resources.enter_context(given)
+        check_args(args)
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
@@ -559,9 +563,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if not run.rows:  # row 0 of the log: how good is knowing nothing?
+        if run.awaits_evaluation:  # before training: how good is knowing nothing?  (Or an interrupted one, resumed.)
             run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-        elif run.update and run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
+        if run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
             run.evaluate_finally()
         run.start_clock()
 
@@ -607,7 +611,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     optimizer.zero_grad()
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
-                    # the critic's, growing with the returns, would decide how far the actor's is scaled down.
+                    # the critic's gradient, growing with the returns, would decide how much is left of the actor's.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
@@ -618,7 +622,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Evaluate and log.  Fresh episodes decide whether it is solved: played when an evaluation reaches the goal
             # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
-            if run.update % args.eval_every == 0 or run.update == args.updates:
+            if run.awaits_evaluation:
                 run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
                 if run.awaits_verdict:
                     run.evaluate_finally()
@@ -710,10 +714,20 @@ class Run:
         return next((value for value in reversed(self.history["avg_return"]) if math.isfinite(value)), math.nan)
 
     @property
+    def evaluated(self) -> bool:
+        """Is the greedy return after this update known?"""
+        return self.rows[-1:] == [self.update] and math.isfinite(self.history["avg_return"][-1])
+
+    @property
+    def awaits_evaluation(self) -> bool:
+        due = self.update % self.args.eval_every == 0 or self.update == self.args.updates
+        return due and not self.evaluated
+
+    @property
     def awaits_verdict(self) -> bool:
         """Has the evaluation after this update reached the goal?  (Then ``evaluate_finally`` is due.)"""
-        evaluated = self.rows[-1] == self.update and math.isfinite(self.history["avg_return"][-1])
-        return self.final_returns is None and evaluated and self.greedy_return >= self.solved_return
+        reached = self.evaluated and self.greedy_return >= self.solved_return
+        return self.update > 0 and self.final_returns is None and reached
 
     @property
     def transitions_checked(self) -> int:
@@ -821,7 +835,10 @@ class Run:
         if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
             checkpoint.replace(f"{checkpoint}.old")
         with uninterrupted():
-            self.add_row(float(returns.mean()))
+            if self.rows[-1:] == [self.update]:  # an interruption has made the row, without it
+                self.history["avg_return"][-1] = float(returns.mean())
+            else:
+                self.add_row(float(returns.mean()))
         self.save()
         self.print_line()
 

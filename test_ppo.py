@@ -2088,6 +2088,19 @@ def test_shapes_that_would_broadcast_are_refused():
         ppo.ppo_loss(*(each[:1] for each in batch))
 
 
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages", "targets"])
+def test_gradients_where_there_should_be_none_are_refused(name):
+    """With a gradient in old_log_probs, the policy's would be 0; in a target, the critic would chase itself."""
+    batch = {each: torch.zeros(3) for each in ("values", "old_log_probs", "advantages", "targets")}
+    batch |= {"logits": torch.zeros(3, 2), "actions": torch.zeros(3, dtype=torch.int64)}
+    batch[name].requires_grad_()
+    with pytest.raises(ValueError, match=r"compute old_log_probs, .* under torch\.no_grad\(\)"):
+        ppo.ppo_loss(**batch)
+    with torch.no_grad():
+        batch[name] = batch[name] + 0
+    ppo.ppo_loss(**batch)
+
+
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 12), gamma=st.floats(0, 1), gae_lambda=st.floats(0, 1))
 @settings(deadline=None, max_examples=60)
 def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda):
@@ -3368,6 +3381,30 @@ def test_a_verdict_that_was_interrupted_is_made_up_for(script, monkeypatch):
     assert (run.solved, run.update, run.rows) == (True, 1, [0, 1])
 
 
+@pytest.mark.parametrize("script", [ppo, pong])
+@pytest.mark.parametrize(("goal", "rows"), [(None, [0, 2, 3]), (-1e8, [0, 2])])
+def test_an_evaluation_that_was_interrupted_is_made_up_for(script, goal, rows, monkeypatch):
+    args = small_args(script, updates=3, num_steps=4, eval_every=2, solved_return=goal)
+    unbroken = script.train(args, small_session(script))
+    whole = script.Run.evaluate
+
+    def interrupted(run, *asked):
+        if run.update == 2:
+            raise KeyboardInterrupt
+        return whole(run, *asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.train(args, small_session(script))
+    log = args.log.read_text()
+    assert json.loads(log)["series"][0]["values"][1] == "NaN"
+    run = script.train(dataclasses.replace(args, resume=True), small_session(script))
+    assert (run.rows, run.solved) == (rows, goal is not None)
+    for name in "avg_return", "approx_kl", "env_steps":
+        assert run.history[name][1] == unbroken.history[name][1]
+
+
 def test_a_verdict_that_does_not_confirm_the_goal_is_not_the_last(capsys):
     class Fluke:
         """Pays in the second episode that has a seed, an evaluation's; from the 103rd on, the next one's, for good."""
@@ -3510,7 +3547,13 @@ def test_a_session_that_was_closed_cannot_be_evaluated_in():
 
 def test_both_sessions_are_closed_in_the_end():
     run = ppo.train(ppo.Args(updates=1, eval_episodes=1, eval_max_steps=1), cartpole_session(8))
-    for session in run.sessions:
+    refused = (cartpole_session(8), cartpole_session(1))
+    with pytest.raises(ppo.BadInput, match="--num-minibatches"):
+        ppo.train(ppo.Args(num_minibatches=7), *refused)
+    without_training = cartpole_session(1)
+    with pytest.raises(BridgeError, match="cannot make"):
+        ppo.train(ppo.Args(env_id="Nope-v0"), None, without_training)
+    for session in (*run.sessions, *refused, without_training):
         with pytest.raises(BridgeError, match="dead: it was closed"):
             session.reset(0)
 
