@@ -93,9 +93,9 @@ RULES = {
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",
-    "obs_type": "an observation is a numpy array, or nested lists of numbers: no strings, booleans or nulls",
+    "obs_type": "an observation is a numpy array, or nested lists of numbers (no strings, booleans or nulls in them)",
     "obs_shape": "an observation has the contract's shape",
-    "obs_dtype": "every value fits the contract's dtype: no float for an integer, no overflow",
+    "obs_dtype": "every value fits the contract's dtype: no float for an integer, no overflow, no array of others",
     "obs_finite": "every value of an observation is finite, in float32 too",
     "obs_range": "every value of an observation lies in the contract's range, both ends included",
     "reward_type": "a reward is a number, not a boolean, a string or null",
@@ -403,7 +403,7 @@ def _limits(name: str, limits: tuple[Any, Any] | None, shape: tuple[int, ...]) -
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a pair of numbers of shape {shape}, not {_show(limits)}") from None
     if not ((low <= high) & (low < np.inf) & (high > -np.inf)).all():
-        raise ValueError(f"{name} must have low <= high, no infinite low, no minus infinite high, not {_show(limits)}")
+        raise ValueError(f"{name} must have low <= high, and for an open side -inf or inf, not {_show(limits)}")
     return low, high
 
 
