@@ -74,7 +74,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 AWAKE = 2e-3  # seconds to keep polling a pipe: if it sleeps at once, 8 CartPoles mostly take a seventh longer
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
 MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
-MAX_DESCRIBE_BYTES = 64 << 20  # the bounds of such an image, written out; later replies have a limit of their own
+MAX_DESCRIBE_BYTES = 128 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 FINITE = float(np.finfo(np.float32).max)  # networks compute in float32: whatever is larger is infinite to them
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
 
@@ -176,7 +176,7 @@ class Contract:
     obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
         (Held in float64: integers beyond 2**53 are rounded.)
-    reward_range: (low, high).  Ends included.
+    reward_range: (low, high).  Ends included.  (Held in float64, where np.float32(0.1) is above 0.1.)
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
         infinity is always refused: it may be a number that was too large.  A server always refuses such rewards.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
@@ -280,7 +280,9 @@ class Contract:
         """One observation as an array ``obs_shape`` of ``obs_dtype``; may share memory with what came."""
         if type(array) in LISTS:
             return self._from_list(array, env)
-        if type(array) is not np.ndarray:  # nor a subclass: a masked array or a matrix has ideas of its own
+        if type(array) is np.memmap:  # rows of a file
+            array = np.asarray(array)
+        if type(array) is not np.ndarray:  # nor another subclass: a masked array or a matrix has ideas of its own
             raise ContractViolation("obs_type", "an array of numbers", _show(array), env)
         if array.shape != self.obs_shape:
             raise ContractViolation("obs_shape", str(self.obs_shape), str(array.shape), env)
@@ -302,7 +304,9 @@ class Contract:
         numbers = [part.item() if _is_scalar(part) else part for part in parts]
         floats = self._dtype.kind == "f"
         limits: Any = np.finfo(self._dtype) if floats else np.iinfo(self._dtype)
-        low, high = int(limits.min), int(limits.max)
+        # A float is rounded to the largest one if it is less than half a step above it.
+        high = float(limits.max) * (1 + float(limits.eps) / 4) if floats else int(limits.max)
+        low = -high if floats else int(limits.min)
         for number in numbers:
             if type(number) not in NUMBERS:
                 raise ContractViolation("obs_type", "numbers", _show(number), env)
@@ -657,7 +661,7 @@ class GymnasiumSession(CheckedSession):
         with self._guarded("start"):
             for envs in map(range, cuts, cuts[1:]):
                 self._servers.append(_Server(command, envs, timeout, awake))
-            if num_workers == CORES and not server_command and hasattr(os, "sched_setaffinity"):
+            if num_workers == CORES and not server_command and sys.platform == "linux":
                 # Held to a core each: left to itself, the kernel lets two of them begin on the same one at times.
                 for server, core in zip(self._servers, sorted(os.sched_getaffinity(0)), strict=False):
                     with contextlib.suppress(OSError):  # it may have died already
@@ -679,7 +683,9 @@ class GymnasiumSession(CheckedSession):
             deadline = time.monotonic() + self._timeout
             for server in self._each():
                 server.send({"cmd": "describe"}, deadline)
-                declared, self.versions = _decode_describe(server.receive(deadline), server.envs, self._env_id)
+            replies = [server.receive(deadline) for server in self._each()]
+            for server, reply in zip(self._each(), replies, strict=True):
+                declared, self.versions = _decode_describe(reply, server.envs, self._env_id)
                 if demanded is not None:
                     _compare(declared, demanded)
                 # Every number of next_obs and of reset_obs written out, and room for all the rest or for a traceback.
@@ -1007,7 +1013,7 @@ def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
 def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
-    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", len(envs)):
+    for key, expected in ("protocol", PROTOCOL), ("env_id", str(env_id)), ("num_envs", len(envs)):
         if type(reply[key]) is not type(expected) or reply[key] != expected:
             raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
     versions = reply["versions"]
@@ -1084,7 +1090,7 @@ def _decode_observations(raw: object, envs: Sequence[int], contract: Contract) -
         dtype = contract._dtype
         shape = (len(envs), *contract.obs_shape)
         size = math.prod(shape) * dtype.itemsize
-        if len(data) != size or len(raw) != (size + 2) // 3 * 4:  # b64decode lets "=" too many pass
+        if len(data) != size or len(raw) != (size + 2) // 3 * 4:  # Python 3.12 lets "=" too many pass
             got = f"{len(data)} bytes in {len(raw)} characters"
             raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", got)
         return np.ndarray(shape, dtype.newbyteorder("<"), data).astype(dtype)
@@ -1114,7 +1120,9 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     if colon and (not module or ":" in module):
         raise BridgeError(f"cannot make {env_id}: an id may name one module, as in my_module:MyEnv-v0")
     try:
-        envs = [gymnasium.make(env_id, disable_env_checker=True, **make_kwargs) for _ in range(num_envs)]
+        # A copy for each: an environment may change what is in them.
+        kwargs = [copy.deepcopy(make_kwargs) for _ in range(num_envs)]
+        envs = [gymnasium.make(env_id, disable_env_checker=True, **own) for own in kwargs]
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         known = isinstance(error, gymnasium.error.Error) or (isinstance(error, ImportError) and not module)
         asked = [f"'{module or env_id}'", *(f"argument '{name}'" for name in make_kwargs)]
@@ -1131,7 +1139,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     try:
         contract = Contract(observation.shape, int(action.n), observation.dtype.name)
     except ValueError as error:
-        raise BridgeError(f"{env_id} has the observation space {observation}: {error}") from None
+        raise BridgeError(f"{env_id} has the spaces {observation} and {action}: {error}") from None
     for i, env in enumerate(envs):
         if (env.observation_space, env.action_space) != (observation, action):
             raise BridgeError(f"{env_id}: environment {i} declares other spaces than environment 0")
@@ -1288,6 +1296,8 @@ def _main() -> None:
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, default=-1, help="a pipe; this process group dies when it is closed")
     args = parser.parse_args()
+    if os.name != "posix":
+        parser.error("needs Linux or macOS; on Windows, run it inside WSL")
     if args.num_envs < 1:
         parser.error("--num-envs must be at least 1")
     lifeline: int | None = None
