@@ -1120,9 +1120,8 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     if colon and (not module or ":" in module):
         raise BridgeError(f"cannot make {env_id}: an id may name one module, as in my_module:MyEnv-v0")
     try:
-        # A copy for each: an environment may change what is in them.
-        kwargs = [copy.deepcopy(make_kwargs) for _ in range(num_envs)]
-        envs = [gymnasium.make(env_id, disable_env_checker=True, **own) for own in kwargs]
+        # A copy of the arguments for each: it may change what is in them.
+        envs = [gymnasium.make(env_id, disable_env_checker=True, **copy.deepcopy(make_kwargs)) for _ in range(num_envs)]
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         known = isinstance(error, gymnasium.error.Error) or (isinstance(error, ImportError) and not module)
         asked = [f"'{module or env_id}'", *(f"argument '{name}'" for name in make_kwargs)]
