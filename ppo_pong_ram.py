@@ -847,6 +847,7 @@ class Run:
 
     @property
     def awaits_evaluation(self) -> bool:
+        """Is an evaluation due after this update?  (Also one that was interrupted, after --resume.)"""
         due = self.update % self.args.eval_every == 0 or self.update == self.args.updates
         return due and not self.evaluated
 
