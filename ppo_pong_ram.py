@@ -150,7 +150,7 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when an evaluation, then fresh episodes, reach this mean return; default: 19 for ALE/Pong-v5 only"""
+    """stop when an evaluation, then fresh episodes, reach this mean; if None, 19 for ALE/Pong-v5, else no goal"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
