@@ -95,7 +95,7 @@ RULES = {
     "batch_size": "a batch holds one value for each environment",
     "obs_type": "an observation is a numpy array, or nested lists of numbers (no strings, booleans or nulls in them)",
     "obs_shape": "an observation has the contract's shape",
-    "obs_dtype": "every value fits the contract's dtype: no float for an integer, no overflow, no array of others",
+    "obs_dtype": "every value is a number that fits the contract's dtype: no float for an integer, no overflow",
     "obs_finite": "every value of an observation is finite, in float32 too",
     "obs_range": "every value of an observation lies in the contract's range, both ends included",
     "reward_type": "a reward is a number, not a boolean, a string or null",
@@ -640,7 +640,7 @@ class GymnasiumSession(CheckedSession):
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         super().__init__(num_envs, contract, frame_stack, append_action)
         num_workers = int(num_workers)
-        self._env_id, self._timeout = env_id, timeout
+        self._env_id, self._timeout = str(env_id), timeout
         self._again = partial(
             GymnasiumSession,
             env_id,
@@ -1013,7 +1013,7 @@ def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
 def _decode_describe(reply: dict[str, Any], envs: range, env_id: str) -> tuple[Contract, dict[str, str]]:
     spaces = {"n_actions", "obs_shape", "obs_dtype", "obs_low", "obs_high"}
     _keys(reply, {"protocol", "env_id", "num_envs", "versions"} | spaces)
-    for key, expected in ("protocol", PROTOCOL), ("env_id", str(env_id)), ("num_envs", len(envs)):
+    for key, expected in ("protocol", PROTOCOL), ("env_id", env_id), ("num_envs", len(envs)):
         if type(reply[key]) is not type(expected) or reply[key] != expected:
             raise BridgeError(f"describe: {key} must be {expected!r}, not {_show(reply[key])}")
     versions = reply["versions"]

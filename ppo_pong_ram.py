@@ -963,10 +963,9 @@ class Run:
         if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
             checkpoint.replace(f"{checkpoint}.old")
         with uninterrupted():
-            if self.rows[-1:] == [self.update]:  # an interruption has made the row, without it
-                self.history["avg_return"][-1] = float(returns.mean())
-            else:
-                self.add_row(float(returns.mean()))
+            if self.rows[-1:] != [self.update]:  # else an interruption has made the row, without it
+                self.add_row()
+            self.history["avg_return"][-1] = float(returns.mean())
         self.save()
         self.print_line()
 
@@ -985,10 +984,10 @@ class Run:
             raise
         return np.concatenate(returns)[:episodes]
 
-    def add_row(self, greedy_return: float) -> None:
-        """A row of the log: the greedy return now, and means of what happened since the row before."""
+    def add_row(self) -> None:
+        """A row of the log: means of what happened since the row before; the greedy return is not known yet (NaN)."""
         row = {name: float(np.mean(values)) if values else math.nan for name, values in self.recent.items()}
-        row |= {"avg_return": greedy_return, "env_steps": self.env_steps}
+        row["env_steps"] = self.env_steps
         for name, values in self.history.items():
             values.append(row[name])
         self.rows.append(self.update)
@@ -1005,7 +1004,7 @@ class Run:
                 raise
             with uninterrupted():
                 if self.rows[-1] < self.update:
-                    self.add_row(math.nan)  # there was no evaluation
+                    self.add_row()
                 try:
                     self.save()
                     outcome = f"saved everything up to update {self.update}, for --resume: {self.files}"
