@@ -8,7 +8,7 @@ game returns -21 .. 21; pushing buttons at random returns about -20.  Every step
 frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
 so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
 memory, 128 bytes whose meaning is not told.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to between 0.5 and 1 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
+(= ln 6, undecided) to 0.4 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
