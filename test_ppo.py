@@ -2967,6 +2967,8 @@ def test_pong_forgives_less_and_less_of_a_loss(anneal, kept, monkeypatch):
     for rollout, rewards, share in zip(rollouts, judged, kept, strict=True):
         assert torch.allclose(rewards, torch.where(rollout.rewards > 0, 2.0, -3.0 * share))
     assert run.episode_returns.sum() == sum(rollout.rewards.sum() for rollout in rollouts)  # the log's are as they were
+    with pytest.raises(ValueError, match=r"--leniency must lie in 0 \.\. 1, not 1\.5"):
+        pong.Args(leniency=1.5)
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
