@@ -8,16 +8,26 @@
 The conversation (protocol 1).  The trainer, that is, the process that opens a session, starts one or more servers
 (workers), each with a share of the environments, and talks to each over its stdin and stdout (the wire) in lines of
 strict JSON: one object to a line, exactly one reply to each request, with the request's id.  A person can hold the same
-conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then type
+conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then type what follows a ``>``:
 
-    {"id": 1, "cmd": "describe"}
-    {"id": 2, "cmd": "reset", "seed": 1}
-    {"id": 3, "cmd": "step", "actions": [0, 1]}
-    {"id": 4, "cmd": "close"}
+    > {"id": 1, "cmd": "describe"}
+    < {"id": 1, "ok": true, "protocol": 1, "env_id": "CartPole-v1", "num_envs": 2, "n_actions": 2, "obs_shape": [4],
+       "obs_dtype": "float32", "obs_low": [...], "obs_high": [...], "versions": {...}}
+    > {"id": 2, "cmd": "reset", "seed": 1}
+    < {"id": 2, "ok": true, "obs": [[...], [...]]}
+    > {"id": 3, "cmd": "step", "actions": [0, 1]}
+    < {"id": 3, "ok": true, "next_obs": [[...], [...]], "reward": [1.0, 1.0], "terminated": [false, false],
+       "truncated": [false, false], "reset_obs": {}}
+    > {"id": 4, "cmd": "close"}
+    < {"id": 4, "ok": true}
 
-A request may say ``"encoding": "base64"``: observations then travel as base64 of their little-endian bytes.  The
-server keeps the wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr,
-and its stdin is empty.
+A bound that is none is null.  ``next_obs`` is where the actions led.  An environment whose episode has ended begins the
+next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first observation of it.  A request that fails is
+answered by ``"ok": false`` and ``"error"``, where a rule is broken also by ``rule``, ``expected``, ``got`` and ``env``.
+
+A request may say ``"encoding": "base64"``: observations then travel as base64 of their little-endian bytes (lists are
+understood, too).  The server keeps the wire on private duplicates of its stdin and stdout; whatever an environment
+prints goes to stderr, and its stdin is empty.
 
 Failure.  A reply is either exactly right, or it is an error: ``ContractViolation`` where the data broke a rule,
 ``BridgeError`` where the process or the conversation failed.  After an error the session is dead.  Nothing is
@@ -89,7 +99,7 @@ NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exac
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "declared shape, dtype and actions are the contract's; the declared range holds the contract's",
+    "declared_space": "declared shape, dtype and actions are the contract's, and the declared range contains its range",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",

@@ -570,6 +570,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0  # of the training
+
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
 
@@ -588,7 +590,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
-            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
             entropy_bonus = args.ent_coef * remaining**3  # --anneal-lr fades it before the rates: explore, then settle
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)

@@ -4,11 +4,12 @@
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
-game returns -21 .. 21; pushing buttons at random returns about -20.  Every step holds one of six actions for four
-frames, and in each of them, with probability 0.25, the console still does what it was told before (sticky actions [6]),
-so that no sequence of moves can be learned by heart.  The picture is not looked at: an observation is the console's
-memory, 128 bytes whose meaning is not told.  Watch the sampled return climb from -20, and the entropy fall from 1.79
-(= ln 6, undecided) to 0.4 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
+game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at random returns about -20.  Every step holds
+one of six actions for four frames, and in each of them, with probability 0.25, the console still does what it was told
+before (sticky actions [6]), so that no sequence of moves can be learned by heart.  The picture is not looked at: an
+observation is the console's memory, 128 bytes whose meaning is not told.  Watch the sampled return climb from -20, with
+an approximate KL (how far an update moves the policy) around 0.007 at first, and the entropy fall from 1.79 (= ln 6,
+undecided) to 0.4 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -18,6 +19,7 @@ PPO repeats three things; train(), below, is the loop.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
     others less likely, each only until its probability has changed by a fifth that way; the critic learns to predict
     better.
+(Here credit ends with a point, and at first a lost one counts less: train() says why.)
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -88,7 +90,8 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
 # What is shown to the networks: the memory of the last two steps, since one alone shows no motion, each followed by the
-# action that led to it, one-hot, since a sticky action may still be going on.
+# action that led to it, one-hot, since a sticky action may still be going on.  (An episode begins with its first memory
+# twice, and no action: zeros.)
 FRAMES = 2
 SOLVED_RETURN = 19.0  # 21 points to 2, on average
 MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
@@ -100,6 +103,7 @@ class Args:
     """PPO on Pong, or on any game of the Arcade Learning Environment, from the 128 bytes of its memory.
 
     [3]: Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization.
+    [9]: Wei & Luke 2016, Lenient Learning in Independent-Learner Stochastic Cooperative Games.
     """
 
     seed: int = 1
@@ -117,7 +121,7 @@ class Args:
     eval_max_steps: int = 10_000
     """steps after which an evaluation episode is cut short, and its return so far is counted"""
     env_id: str = ENV_ID
-    """another Atari game, such as ALE/Breakout-v5; for any but the default, its declared spaces are the contract"""
+    """another game, such as ALE/Breakout-v5 or my_module:MyGame-v0, whose declared spaces are the contract then"""
     num_envs: int = 64
     """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
     num_workers: int = min(4, CORES)
@@ -147,7 +151,7 @@ class Args:
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
+    """weight of the critic's squared error; hardly matters: clipping, Adam and Muon all but undo it in each network"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -289,32 +293,30 @@ class Inputs(nn.Module):
 
     A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
     such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and
-    deviation 1, and clipped at five deviations.  Means and deviations are those of all rollouts so far (until the first
-    update has ended, all inputs are 0), from sums that are buffers: saved with the weights, changed only by ``update``,
-    and float64 (``.float()`` and ``.half()`` would spoil them).
+    deviation 1, and clipped at five deviations.  Means and deviations are those of all rollouts so far (in the first
+    update all inputs are 0: every action is equally likely, and only the output biases learn).  They come from sums,
+    which are buffers: saved with the weights, changed only by ``update``, and float64, in which whole numbers are exact
+    up to 2**53 (``.float()`` and ``.half()`` would spoil them).
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
-
-    count: torch.Tensor  # () float64, the observations so far
-    total: torch.Tensor  # (F * K,) float64, the sum of each number over them; exact, as whole numbers are up to 2**53
-    squares: torch.Tensor  # (F * K,) float64, the sum of each number's square
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(obs_shape) != 2 or obs_shape[0] < 2:
             raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
         self.size = math.prod(obs_shape)
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("total", torch.zeros(self.size, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(self.size, dtype=torch.float64))
+        self.count: torch.Tensor = nn.Buffer(torch.zeros((), dtype=torch.float64))  # the observations so far
+        self.total: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) sum of each number
+        self.squares: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) of its square
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
         if observations.dtype != torch.uint8:
             raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
         newest, changes = observations[..., -1, :], observations.diff(dim=-2)
-        # A difference of bytes wraps around, and so do counters: read as signed, it is -128 .. 127.
+        # A difference of bytes is modulo 256.  Read as -128 .. 127 it is right for a counter that wraps around, too,
+        # while a jump of 128 or more changes its sign.
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
@@ -322,8 +324,7 @@ class Inputs(nn.Module):
         mean = self.total / count
         variance = self.squares / count - mean.square()
         scale = torch.where(variance > 0, variance.rsqrt(), 0)  # what has never changed says nothing: 0
-        scaled = (self.raw(observations) - mean.float()) * scale.float()
-        return scaled.clamp(-5, 5)
+        return ((self.raw(observations) - mean.float()) * scale.float()).clamp(-5, 5)
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
@@ -336,8 +337,9 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm cancels the scale of a hidden layer's weights: a larger gain, such as sqrt(2), only makes each
-    optimiser step smaller relative to them.  No norm follows the last layer: there the gain matters.
+    LayerNorm (a sample's 128 numbers get mean 0 and deviation 1, then a scale and an offset that are learned) cancels
+    the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step smaller
+    relative to them.  No norm follows the last layer: there the gain matters.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -367,7 +369,8 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """The value function V(s): how much discounted reward the policy will still collect from here.
 
-    Where credit ends at a reward, that is up to the next one: in Pong, whether the rally will be won, and how soon.
+    Where credit ends at a reward, that is up to the next one: in Pong, whether the rally will be won, and how soon (a
+    lost one counting less at first).
     """
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
@@ -609,7 +612,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     history from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
     Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
-    full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
+    full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
+    or TypeError (a session that does not show stacks of bytes).
     """
     torch.set_num_threads(1)  # a second one, awake between its tasks, would take a core from the emulators
     torch.manual_seed(args.seed)
@@ -631,8 +635,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
         # common; Muon's is a matrix whose singular values are all about equal, so that what few samples ask for is
-        # learned, too.  Everything else is left to Adam, whose eps of 1e-5 nearly stops weights whose gradient is
-        # almost zero ([3], detail 3).  Muon and Adam stand below, in Housekeeping; Adam is torch.optim's.
+        # learned, too (it stands below, in Housekeeping).  Everything else is left to Adam.
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5, weights whose gradient is
+        # almost zero hardly move ([3], detail 3).
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -649,6 +654,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0  # of the training
+
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
 
@@ -659,10 +666,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
             # Differs from the paper: at first, more than half of a lost point is forgiven (lenient learning [9]).  As
             # long as most points are lost, the discount pays for losing them later, and so for playing safe: without
-            # leniency, one run in three drops the shot that wins quickest before it has mastered it.
-            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
-            forgiving = (1 - args.leniency * remaining) * rollout.rewards
-            rewards = rollout.rewards.where(rollout.rewards > 0, forgiving)  # (T, N)
+            # leniency, one run in three never masters the shot that wins quickest, and does not reach 19.
+            rewards = torch.where(rollout.rewards < 0, 1 - args.leniency * remaining, 1.0) * rollout.rewards  # (T, N)
             advantages = gae(
                 rewards,
                 rollout.values,
@@ -778,15 +783,13 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
-                # as Adam's are (match_rms_adamw in torch.optim.Muon); about 0.3 in the first layer, where most columns
-                # have no gradient, since their inputs never change.
+                # as Adam's are (match_rms_adamw in torch.optim.Muon); about 0.3 in those columns of the first layer
+                # that have a gradient (most have none: their inputs never change).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T for U S V^T: singular values become 0.7 to 1.2, tiny ones less (five Newton-Schulz iterations)."""
-    if len(matrix) > matrix.shape[1]:
-        return orthogonal(matrix.T).T
     x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
         square = x @ x.T

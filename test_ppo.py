@@ -45,6 +45,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import gym_bridge
 import ppo_cartpole as ppo
 import ppo_pong_ram as pong
 from gym_bridge import RULES, BridgeError, Contract, ContractViolation, GymnasiumSession, NativeSession, Transition
@@ -1842,6 +1843,17 @@ what?
         "reset takes no ['sed']",
         "seed is a non-negative integer or null, not -1",
     ]
+
+
+def test_the_conversation_is_the_docstrings():
+    spoken = re.findall(r"^    ([<>]) ({.*?})$", gym_bridge.__doc__, re.MULTILINE | re.DOTALL)
+    typed = "".join(line + "\n" for who, line in spoken if who == ">")
+    command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1", "--num-envs", "2"]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
+    promised = [re.escape(re.sub(r"\s+", " ", line)).replace(r"\.\.\.", ".+") for who, line in spoken if who == "<"]
+    assert len(promised) == 4
+    for reply, pattern in zip(done.stdout.splitlines(), promised, strict=True):
+        assert re.fullmatch(pattern, json.dumps(json.loads(reply)))
 
 
 def test_a_person_who_stops_listening_or_asks_for_no_environment_or_presses_ctrl_c():
