@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in 15 to 30 minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in about half an hour on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
