@@ -21,7 +21,7 @@ conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then t
     > {"id": 4, "cmd": "close"}
     < {"id": 4, "ok": true}
 
-A bound that is none is null.  ``next_obs`` is where the actions led.  An environment whose episode has ended begins the
+An open bound is null.  ``next_obs`` is where the actions led.  An environment whose episode has ended begins the
 next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first observation of it.  A request that fails is
 answered by ``"ok": false`` and ``"error"``, where a rule is broken also by ``rule``, ``expected``, ``got`` and ``env``.
 
