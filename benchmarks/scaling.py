@@ -38,7 +38,7 @@ def panel(title: str, limit: float, speeds: dict[int, dict[int, float]], left: i
     for num_envs in SIZES:
         parts.append(f'<text x="{x(num_envs):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{num_envs}</text>')
     parts.append(f'<path d="M{left} {y(limit):.1f}H{right}" stroke="#444" stroke-dasharray="5 4"/>')
-    parts.append(f'<text x="{right}" y="{y(limit) - 5:.1f}" text-anchor="end">bare loop</text>')
+    parts.append(f'<text x="{left}" y="{y(limit) - 5:.1f}">bare loop</text>')
     for workers, line in speeds.items():
         points = " ".join(f"{x(num_envs):.1f},{y(speed):.1f}" for num_envs, speed in line.items())
         parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[workers]}" stroke-width="2"/>')
