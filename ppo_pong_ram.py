@@ -666,7 +666,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
             # Differs from the paper: at first, more than half of a lost point is forgiven (lenient learning [9]).  As
             # long as most points are lost, the discount pays for losing them later, and so for playing safe: without
-            # leniency, one run in three never masters the shot that wins quickest, and does not reach 19.
+            # leniency, some runs give up the shot that wins quickest before they have mastered it, and end below 19.
             rewards = torch.where(rollout.rewards < 0, 1 - args.leniency * remaining, 1.0) * rollout.rewards  # (T, N)
             advantages = gae(
                 rewards,
