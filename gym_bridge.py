@@ -23,15 +23,17 @@ conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then t
 
 An open bound is null.  ``next_obs`` is where the actions led.  An environment whose episode has ended begins the
 next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first observation of it.  A request that fails is
-answered by ``"ok": false`` and ``"error"``, where a rule is broken also by ``rule``, ``expected``, ``got`` and ``env``.
+answered by ``"ok": false`` and ``"error"``; where a rule is broken also by ``rule``, ``expected`` and ``got``, where
+one environment is at fault by ``env``, and where it raised by ``traceback``.
 
-A request may say ``"encoding": "base64"``: observations then travel as base64 of their little-endian bytes (lists are
-understood, too).  The server keeps the wire on private duplicates of its stdin and stdout; whatever an environment
-prints goes to stderr, and its stdin is empty.
+A request may say ``"encoding": "base64"``: then ``obs`` and ``next_obs`` are one string each, base64 of all their bytes
+(little-endian, in C order), and so is each value of ``reset_obs``.  (Lists are understood, too.)  The server keeps the
+wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr, and its stdin is
+empty.
 
 Failure.  A reply is either exactly right, or it is an error: ``ContractViolation`` where the data broke a rule,
-``BridgeError`` where the process or the conversation failed.  After an error the session is dead.  Nothing is
-retried, so no late reply can be taken for the answer to another request, and nothing of a bad batch comes out.
+``BridgeError`` where anything else went wrong.  After an error the session is dead.  Nothing is retried, so no late
+reply can be taken for the answer to another request, and nothing of a bad batch comes out.
 
 The end.  ``close()`` asks all servers to close, sends SIGTERM to those that have not, then SIGKILL to every process
 group, and waits a bounded time after each of the three.  For each server the trainer holds the writing end of a pipe,
@@ -126,8 +128,9 @@ RULES = {
 class SessionFailure(RuntimeError):
     """What both errors have in common: where it happened.  ``str()`` tells all of it.
 
-    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (number of the batched step), ``env`` (index of the
-    environment), ``server`` (pid, exit code or signal, last lines of its stderr); each None where there is none.
+    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (number of the batched step, counted since the session
+    was opened), ``env`` (index of the environment), ``server`` (pid, exit code or signal, last lines of its stderr);
+    each None (or empty) where there is none.
     """
 
     def __init__(self, what: str, env: int | None = None) -> None:
@@ -152,7 +155,11 @@ class ContractViolation(SessionFailure):
 
 
 class BridgeError(SessionFailure):
-    """The process or the conversation failed: it did not start, answer, answer in time, or make sense."""
+    """Anything else has gone wrong.
+
+    A server did not start, answer, answer in time or make sense, an environment cannot be made or raised, or the
+    session was misused (``step`` before ``reset``, a bad seed, anything after an error).
+    """
 
 
 def _show(value: object) -> str:
@@ -184,9 +191,9 @@ class Contract:
     """What the trainer demands of every reset observation and of every transition.
 
     obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
-    obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included.
-        (Held in float64: integers beyond 2**53 are rounded.)
-    reward_range: (low, high).  Ends included.  (Held in float64, where np.float32(0.1) is above 0.1.)
+    obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included; NaN
+        lies in no range.  (Held in float64: integers beyond 2**53 are rounded.)
+    reward_range: (low, high), likewise.  (Held in float64, where np.float32(0.1) is above 0.1.)
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
         infinity is always refused: it may be a number that was too large.  A server always refuses such rewards.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
@@ -244,7 +251,7 @@ class Contract:
         low, high = np.array([lows, highs], self._dtype).reshape(2, *self.obs_shape)
         return low, high
 
-    # The bounds that _outside compares with; None where there is nothing to check.  Range and finiteness are one
+    # The bounds that _first_outside compares with; None where there is nothing to check.  Range and finiteness are one
     # question: with the bounds pulled in to the largest finite values, an infinity is out of range, and NaN fails every
     # comparison (hence >= and <= below, never < and >).
 
@@ -277,7 +284,8 @@ class Contract:
     ) -> Contract:
         """The contract that an environment declares with its spaces, asked of a server started for the purpose.
 
-        Raises ContractViolation for spaces that cannot be, BridgeError if the server fails.
+        Raises BridgeError if the server fails, or for spaces of another kind than a Box of numbers and a Discrete that
+        starts at 0; ContractViolation for what no such space can be.
         """
         anything = cls((1,), 1)  # plays no part: this session ends before its first reset
         session = GymnasiumSession(env_id, anything, 1, 1, make_kwargs, timeout, server_command, wait=False)
@@ -351,7 +359,7 @@ class Contract:
 
     def _check_observations(self, observations: Array, envs: Sequence[int] | None = None) -> None:
         """(n, *obs_shape), row k of environment ``envs[k]`` (default: k)."""
-        if index := _outside(observations, self._obs_bounds):
+        if index := _first_outside(observations, self._obs_bounds):
             value, element = observations[index], f"observation{list(index[1:])}"
             env = index[0] if envs is None else envs[index[0]]
             if self.check_obs_finite and not abs(float(value)) <= FINITE:
@@ -360,7 +368,7 @@ class Contract:
             raise ContractViolation("obs_range", f"{element} in [{low}, {high}]", str(value), env)
 
     def _check_rewards(self, rewards: Array) -> None:
-        if index := _outside(rewards, self._reward_bounds):
+        if index := _first_outside(rewards, self._reward_bounds):
             value, env = rewards[index], index[0]
             if self.check_reward_finite and not abs(value) <= FINITE:
                 raise ContractViolation("reward_finite", "a finite reward (in float32)", str(value), env)
@@ -376,12 +384,12 @@ class Contract:
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
             raise ContractViolation("action_type", "integers", str(actions.dtype))
-        if index := _outside(actions, (0, self.n_actions - 1)):
+        if index := _first_outside(actions, (0, self.n_actions - 1)):
             raise ContractViolation("action_range", f"0 .. {self.n_actions - 1}", str(actions[index]), index[0])
         return np.array(actions, np.int64)
 
 
-def _outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] | None:
+def _first_outside(values: Array, bounds: tuple[Any, Any] | None) -> tuple[int, ...] | None:
     """The index of the first value that does not lie within the bounds."""
     if bounds is None:
         return None
@@ -623,8 +631,8 @@ class GymnasiumSession(CheckedSession):
     wait: False leaves the handshake to the first ``reset``, so that servers start while the caller does other things.
 
     Raises ValueError or TypeError for arguments that cannot be, BridgeError if the command cannot be run, and (here, or
-    with ``wait=False`` in ``reset``) BridgeError if a server does not start, ContractViolation if the environment
-    declares other spaces than the contract's.
+    with ``wait=False`` in ``reset``) BridgeError if a server does not start, or for spaces of another kind than a Box
+    of numbers and a Discrete that starts at 0, ContractViolation for other such spaces than the contract's.
     """
 
     def __init__(
@@ -972,18 +980,18 @@ def _signal_group(server: _Server, number: signal.Signals) -> None:
         os.killpg(server.process.pid, number)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record := dict(pairs)) != len(pairs):
         raise ValueError("a key stands twice")
     return record
 
 
-def _refuse(token: str) -> NoReturn:
+def _no_nan_or_infinity(token: str) -> NoReturn:
     raise ValueError(f"{token} is no JSON")
 
 
 # Made once: making them takes as long as reading a reply.
-_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_key_twice, parse_constant=_no_nan_or_infinity)
 _dumps = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -1161,7 +1169,10 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
 
 
 def _answer(request: Any, session: NativeSession, about: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request, without id and ok.  Types and shapes are checked here, values by the trainer."""
+    """The reply to one request, without id and ok.
+
+    Checked here: types, shapes, actions, and whether rewards are finite.  The other values are the trainer's to check.
+    """
     command = request.get("cmd") if isinstance(request, dict) else None
     if not isinstance(command, str) or command not in REQUESTS:
         raise BridgeError(f'a request is {{"id": 1, "cmd": one of {list(REQUESTS)}, ...}}')

@@ -8,8 +8,9 @@ game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at rando
 one of six actions for four frames, and in each of them, with probability 0.25, the console still does what it was told
 before (sticky actions [6]), so that no sequence of moves can be learned by heart.  The picture is not looked at: an
 observation is the console's memory, 128 bytes whose meaning is not told.  Watch the sampled return climb from -20, with
-an approximate KL (how far an update moves the policy) around 0.007 at first, and the entropy fall from 1.79 (= ln 6,
-undecided) to 0.4 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
+an approximate KL (how far an update moves the policy, on average over its minibatches) around 0.007 at first, and the
+entropy fall from 1.79 (= ln 6, undecided) to 0.4 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two
+actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -133,7 +134,7 @@ class Args:
     critic_learning_rate: float = 1e-2
     """step size of Adam and of Muon for the critic: its loss is plain squared error, with no ratio to keep near 1"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus sooner (cubed)"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4), the entropy bonus faster (cubed)"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.8
@@ -169,17 +170,23 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raises ValueError, which says what to do, for values that cannot be."""
+        hints = get_type_hints(Args)
         for field in fields(self):  # from Python: numpy's numbers, and paths as strings, are welcome
             value = getattr(self, field.name)
-            value = value.item() if isinstance(value, np.generic) else Path(value) if field.type == "Path" else value
+            value = value.item() if isinstance(value, np.generic) else value
+            value = Path(value) if field.type == "Path" and isinstance(value, str) else value
+            kinds = get_args(hints[field.name]) or (hints[field.name],)  # float | None has two
+            kinds = (*kinds, int) if float in kinds else kinds  # 1 will do for 1.0
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"--{field.name.replace('_', '-')} must be of type {field.type}, not {value!r}")
             object.__setattr__(self, field.name, value)
         counts = "updates eval_every eval_episodes eval_max_steps num_envs num_workers num_steps num_minibatches"
         rules: list[tuple[str, Callable[[Any], bool], str]] = [
-            (counts + " update_epochs", lambda value: type(value) is int and value >= 1, "must be an integer above 0"),
+            (counts + " update_epochs", lambda value: value >= 1, "must be above 0"),
             ("learning_rate critic_learning_rate", lambda value: 0 < value < math.inf, "must be positive"),
             ("clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
-            ("seed", lambda value: type(value) is int and 0 <= value < 2**63, "must be an integer in 0 .. 2**63 - 1"),
+            ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
             ("gamma gae_lambda leniency", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
@@ -475,7 +482,8 @@ def gae(
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
     all the noise.  GAE averages over every number n, n rewards and then gamma^n * V of the state they led to ([2],
     eq. 14) with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors delta, in which the one
-    k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).
+    k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n goes no further than the end of the episode or
+    of the rollout, and the last n has all the weight that is left.)
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
@@ -485,7 +493,7 @@ def gae(
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
-    # Either way the trace is cut (later errors count nothing), since the next row belongs to another episode.
+    # Either way the sum below ends here (later errors count nothing): the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
@@ -515,9 +523,9 @@ def ppo_loss(
     vf_coef: float = 0.5,
     ent_coef: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate objective of PPO [1], to be minimised.
+    """The loss of PPO, to be minimised: clipped surrogate, the critic's squared error, entropy bonus ([1], eq. 9).
 
-    The policy gradient, E[A * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
+    The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
     weights a sample by how much likelier its action has become since (the ratio; where it is 1, its gradient is just
     grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
@@ -622,6 +630,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         for given in filter(None, (session, eval_session)):
             resources.enter_context(given)
         check_args(args)
+        if args.cuda and not torch.cuda.is_available():
+            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         session = resources.enter_context(session or open_session(args, args.num_envs))
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
@@ -636,8 +646,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
         # common; Muon's is a matrix whose singular values are all about equal, so that what few samples ask for is
         # learned, too (it stands below, in Housekeeping).  Everything else is left to Adam.
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5, weights whose gradient is
-        # almost zero hardly move ([3], detail 3).
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3), weights
+        # whose gradient is almost zero hardly move.  (The learning rates are set before every update, below.)
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -647,10 +657,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         resources.enter_context(run.saved_on_failure())
 
         session.reset(run.episode_seed("training"))
-        if run.awaits_evaluation:  # before training: how good is knowing nothing?  (Or an interrupted one, resumed.)
-            run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-        if run.awaits_verdict:  # resumed, and the last evaluation had reached the goal
-            run.evaluate_finally()
+        run.evaluate_if_due()  # before training: how good is knowing nothing?
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
@@ -682,7 +689,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
-            entropy_bonus = args.ent_coef * remaining**3  # --anneal-lr fades it before the rates: explore, then settle
+            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr: explore, then settle
             for optimizer, factor in (muon, 2), (adam, 1):
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
@@ -724,10 +731,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Evaluate and log.  Fresh episodes decide whether it is solved: played when an evaluation reaches the goal
             # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
-            if run.awaits_evaluation:
-                run.log_evaluation(run.evaluate("evaluation", args.eval_episodes))
-                if run.awaits_verdict:
-                    run.evaluate_finally()
+            run.evaluate_if_due()
         if run.final_returns is None:  # the updates are used up
             run.evaluate_finally()
         run.finish()
@@ -905,8 +909,7 @@ class Run:
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
             example = [{name: torch.zeros(()) if name == "step" else w for name in optimizer.moments} for w in weights]
-            begun = stored["state"] or state["update"]  # there are no moments yet before the first update
-            check_form("optimizer", stored["state"], dict(enumerate(example)) if begun else {})
+            check_form("optimizer", stored["state"], dict(enumerate(example)) if state["update"] else {})
             # The moments alone: whatever else an optimiser has comes from the code and the flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
         steps = state["steps"]
@@ -975,6 +978,13 @@ class Run:
             self.history["avg_return"][-1] = float(returns.mean())
         self.save()
         self.print_line()
+
+    def evaluate_if_due(self) -> None:
+        """Every ``eval_every`` updates; after --resume, also what an interruption has left out."""
+        if self.awaits_evaluation:
+            self.log_evaluation(self.evaluate("evaluation", self.args.eval_episodes))
+        if self.awaits_verdict:
+            self.evaluate_finally()
 
     def evaluate_finally(self) -> None:
         self.show(f"playing {FINAL_EPISODES} fresh episodes")
@@ -1194,17 +1204,15 @@ def stored_args(args: Args) -> Args:
     """
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
-        for name, kind in get_type_hints(Args).items():
-            kinds = get_args(kind) or (kind,)  # float | None has two; exact ones, since True is an instance of int
-            if name in ("log", "checkpoint", "server_command", "resume", "watch"):
-                stored[name] = getattr(args, name)
-            elif type(stored[name]) not in ((*kinds, int) if float in kinds else kinds):  # 1 will do for 1.0
-                raise TypeError(f"{name} is {stored[name]!r}")
-        if ":" in stored["env_id"] and stored["env_id"] != args.env_id:
-            raise BadInput(f"{args.checkpoint}: to run its environment's module, say --env-id {stored['env_id']!r}")
-        return Args(**stored)
+        if differing := stored.keys() ^ asdict(args).keys():
+            raise ValueError(f"it lacks, or has besides, {', '.join(sorted(map(str, differing)))}")
+        stored |= {name: getattr(args, name) for name in ("log", "checkpoint", "server_command", "resume", "watch")}
+        restored = Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
+    if ":" in restored.env_id and restored.env_id != args.env_id:
+        raise BadInput(f"{args.checkpoint}: to run its environment's module, say --env-id {restored.env_id!r}")
+    return restored
 
 
 def sparkline(values: list[float]) -> str:
@@ -1300,8 +1308,6 @@ def main() -> None:
             args = tyro.cli(Args, default=stored_args(args))
         if args.watch:
             watch(args)
-        elif args.cuda and not torch.cuda.is_available():
-            raise BadInput("--cuda: torch sees no CUDA device here; use --no-cuda")
         else:
             train(args, *EARLY)
     except KeyboardInterrupt:
