@@ -3,11 +3,11 @@
     python -m pytest
 
 Contract, sessions and faults first (gym_bridge.py), then advantages, loss and rollout (ppo_cartpole.py), what Pong
-changes (ppo_pong_ram.py), and training as a person sees it at the command line.  Everything is real: environments,
-subprocesses, signals.  Where a formula is tested, the oracle is written a second time, another way, in plain Python.
+changes (ppo_pong_ram.py), training as a person sees it at the command line, and what the README says.  Everything is
+real: environments, subprocesses, signals.  Where a formula is tested, the oracle is written a second time, another way,
+in plain Python.
 """
 
-import ast
 import base64
 import contextlib
 import dataclasses
@@ -179,12 +179,16 @@ def native(name, num_envs, contract, **make_kwargs):
     return NativeSession([getattr(module, name)(**make_kwargs) for _ in range(num_envs)], contract)
 
 
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def assert_gone(group):
     """Of a server's process group nothing is alive (what is dead and not yet reaped by process 1 is no matter)."""
-    deadline = time.monotonic() + 2
-    while alive := process_table().get(group):
-        assert time.monotonic() < deadline, f"{alive} of group {group} are alive"
-        time.sleep(0.02)
+    until(lambda: not process_table().get(group), 2)
 
 
 def process_table():
@@ -607,22 +611,6 @@ def test_a_range_that_shares_one_end_with_its_dtype_is_checked_at_the_other(obs_
         session.step([0])
 
 
-def test_the_readme_names_every_rule():
-    readme = (HERE / "README.md").read_text()
-    for rule, meaning in RULES.items():
-        assert f"| `{rule}` | {meaning} |" in readme
-
-
-def test_the_readme_counts_and_compares_the_files_as_they_are():
-    """Line counts, and what Pong changes (put the output of the diff into the README where this fails)."""
-    readme = (HERE / "README.md").read_text()
-    for name, count in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", readme, re.MULTILINE):
-        assert len((HERE / name).read_text().splitlines()) == int(count.replace(",", "")), name
-    scripts = ["ppo_cartpole.py", "ppo_pong_ram.py"]
-    shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
-    assert shown == subprocess.run(["diff", *scripts], cwd=HERE, capture_output=True, text=True).stdout
-
-
 def test_from_env_is_the_contract_that_the_spaces_declare():
     contract = Contract.from_env("CartPole-v1")
     assert (contract.obs_shape, contract.n_actions, contract.obs_dtype) == ((4,), 2, "float32")
@@ -759,35 +747,37 @@ def test_environments_may_share_an_array():
     assert session.observation.tolist() == [[1], [2]]  # of the next episodes
 
 
+@pytest.mark.parametrize("frames", [2, 3])
 @pytest.mark.parametrize("kind", ["native", "2 workers"])
-def test_frames_and_actions_that_are_shown_belong_to_one_episode(kind):
+def test_frames_and_actions_that_are_shown_belong_to_one_episode(kind, frames):
     """Counting's observation is [episode, step], so every stack tells which frames it is made of."""
     contract = Contract((2,), 3)
-    shown = {"frame_stack": 2, "append_action": True}
+    shown = {"frame_stack": frames, "append_action": True}
     if kind == "native":
         counting = importlib.import_module("odd_envs").Counting
         session = NativeSession([counting(), counting()], contract, **shown)
     else:
         session = GymnasiumSession("odd_envs:Counting-v0", contract, 2, 2, **shown)
     with session:
-        assert session.obs_shape == (2, 5)
+        assert session.obs_shape == (frames, 5)
         first = [1, 0, 0, 0, 0]  # episode, step, and no action that led here
-        assert session.reset(1).tolist() == [[first, first]] * 2
+        assert session.reset(1).tolist() == [[first] * frames] * 2
         ends = []
         for step in range(8):
             actions = [step % 3, 1]
             transition = session.step(actions)
-            assert np.array_equal(transition.next_observation[:, 0], transition.observation[:, 1])
-            assert transition.next_observation[:, 1, 2:].tolist() == np.eye(3)[actions].tolist()
+            assert np.array_equal(transition.next_observation[:, :-1], transition.observation[:, 1:])
+            assert transition.next_observation[:, -1, 2:].tolist() == np.eye(3)[actions].tolist()
             done = transition.done
             assert np.array_equal(session.observation[~done], transition.next_observation[~done])
-            for before, now in session.observation[done]:
-                assert np.array_equal(before, now)
-                assert now[1:].tolist() == [0, 0, 0, 0]
+            for stack in session.observation[done]:
+                assert (stack == stack[0]).all()
+                assert stack[0, 1:].tolist() == [0, 0, 0, 0]
             ends += transition.next_observation[done, :, :2].tolist()
-        assert ends[::2] == [[[1, 2], [1, 3]], [[2, 1], [2, 2]], [[3, 2], [3, 3]]]
+        last = [[[1, 1], [1, 2], [1, 3]], [[2, 0], [2, 1], [2, 2]], [[3, 1], [3, 2], [3, 3]]]
+        assert ends[::2] == [stack[-frames:] for stack in last]
         with session.twin(1) as twin:
-            assert twin.reset(1).shape == (1, 2, 5)
+            assert twin.reset(1).shape == (1, frames, 5)
     with pytest.raises(ValueError, match="vectors"):
         NativeSession([object()], Contract((2, 3), 2), append_action=True)
     with pytest.raises(ValueError, match="frame_stack must be a positive integer"):
@@ -857,6 +847,8 @@ def test_environments_that_declare_unlike_spaces_are_refused(what):
 def test_a_session_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GymnasiumSession("CartPole-v1", CARTPOLE, **{"num_envs": 2, **wrong})
+    with pytest.raises(TypeError, match="JSON"):
+        GymnasiumSession("CartPole-v1", CARTPOLE, make_kwargs={"what": object()})
 
 
 def test_a_session_without_environments_is_refused():
@@ -996,6 +988,10 @@ def fake_session(workplace, faulty, fault, env=2, timeout=20.0):
 
 def assert_fault(session, faulty, error, message, env=None, worker=None):
     """One error, in bounded time, that says where; then nothing lives and nothing more comes out."""
+    if faulty != "describe":
+        timeout, session._timeout = session._timeout, 20.0
+        session._handshake(session.contract)  # servers need a while to start on a loaded machine
+        session._timeout = timeout
     moment = time.monotonic()
     with pytest.raises((BridgeError, ContractViolation)) as caught:  # noqa: PT012
         session.reset(0)
@@ -1291,8 +1287,9 @@ def test_close_never_raises_and_ends_everything(workplace, name, fault, env):
         assert_gone(server.process.pid)
 
 
-def test_a_server_that_hangs_is_told_before_it_is_killed(workplace):
+def test_a_server_that_hangs_is_told_before_it_is_killed(workplace, monkeypatch):
     """A docker run, say, which then stops its container."""
+    monkeypatch.setattr(gym_bridge, "TERMINATE_GRACE", 10)  # it needs a moment, on a loaded machine more
     fault = "signal.signal(15, lambda *_: (open('told', 'w').close(), os._exit(0))); time.sleep(60)"
     with fake_session(workplace, "close", fault) as session:
         session.reset(0)
@@ -1467,8 +1464,9 @@ def test_a_server_behind_a_wrapper(wrapper):
 
 @pytest.mark.parametrize("kind", ["native", "1 worker", "2 workers"])
 @pytest.mark.parametrize("fault", ["reward = None", "raise ValueError"])
-def test_environments_are_closed_after_an_error_too(fault, kind):
+def test_environments_are_closed_after_an_error_too(fault, kind, monkeypatch):
     """They may have a log or a video to finish, of the very episode that went wrong."""
+    monkeypatch.setattr(gym_bridge, "ERROR_GRACE", 10)  # they need a moment, on a loaded machine more
     case = f"self.close = lambda: open('closed', 'w').close()\n{fault}"
     session = odd_session(kind, case, "step")
     session.reset(0)
@@ -1480,7 +1478,7 @@ def test_environments_are_closed_after_an_error_too(fault, kind):
 
 @pytest.mark.parametrize("kind", ["1 worker", "2 workers"])
 def test_environments_have_time_to_finish_their_files(kind):
-    case = "self.close = lambda: (__import__('time').sleep(0.5), open('closed', 'w').close())"
+    case = "self.close = lambda: (__import__('time').sleep(0.4), open('closed', 'w').close())"
     with odd_session(kind, case, "step") as session:
         session.reset(0)
         session.step([0, 0, 0])
@@ -1617,11 +1615,10 @@ def test_an_environment_that_uses_the_session_which_steps_it(meddle, quietly):
 
 
 def test_a_signal_handler_that_closes_the_session_while_it_steps():
-    session = odd_session("1 worker", "__import__('time').sleep(20)", "step")
+    session = odd_session("1 worker", "os.kill(os.getppid(), 14); __import__('time').sleep(20)", "step")
     session.reset(0)
     session.step([0, 0, 0])
     before = signal.signal(signal.SIGALRM, lambda *_: session.close())
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(BridgeError, match="step 2"):
             session.step([0, 0, 0])
@@ -1684,19 +1681,18 @@ def test_ctrl_z_for_longer_than_the_deadline(workplace):
     (workplace / "trainer.py").write_text(f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
-case = "__import__('time').sleep(0.5)"
-with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case), timeout=10) as session:
+case = "open('asked', 'w').close(); __import__('time').sleep(1)"
+with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case)) as session:
     session.reset(0)
     session.step([0, 0, 0])
-    print("now", flush=True)
+    session._timeout = 3
     session.step([0, 0, 0])
 print("through")
 """)
     trainer = subprocess.Popen([sys.executable, "trainer.py"], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout.readline() == "now\n"
-    time.sleep(0.1)
+    until(Path("asked").exists)  # the second server: so both have been
     trainer.send_signal(signal.SIGSTOP)
-    time.sleep(10.5)
+    time.sleep(3.5)
     trainer.send_signal(signal.SIGCONT)
     assert trainer.communicate(timeout=20)[0] == "through\n"
 
@@ -1709,14 +1705,13 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_while_an_error_is_reported(workplace, ctrl_c):
+def test_ctrl_c_while_an_error_is_reported(workplace, ctrl_c, monkeypatch):
     """The report waits for an exit code, which does not come: the server has hung up, and lives."""
-    fault = "os.close(1); time.sleep(0.1); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
-    session = fake_session(workplace, "step", fault)
+    session = fake_session(workplace, "step", "os.close(1); time.sleep(60)")
     session.reset(0)
-    with pytest.raises(KeyboardInterrupt) as caught:
+    monkeypatch.setattr(gym_bridge._Server, "report", lambda server: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
         session.step([0, 1, 0])
-    assert "report" in [entry.name for entry in caught.traceback]
     for server in session._servers:
         assert_gone(server.process.pid)
     with pytest.raises(BridgeError):
@@ -1739,7 +1734,7 @@ def test_no_server_outlives_a_killed_trainer(hang, in_thread):
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 from concurrent.futures import ThreadPoolExecutor
-case = "import subprocess; subprocess.Popen(['sleep', '61']); {hang}"
+case = "import subprocess; subprocess.Popen(['sleep', '61']); open('asked', 'w').close(); {hang}"
 def make(): return GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 2, {{"case": case}})
 if {in_thread}:
     with ThreadPoolExecutor() as pool: session = pool.submit(make).result()
@@ -1749,7 +1744,7 @@ session.reset(0)
 while True: session.step([0, 0])
 """], stdout=subprocess.PIPE, text=True)  # fmt: skip
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
-    time.sleep(0.25)
+    until(lambda: hang == "pass" or Path("asked").exists())
     trainer.kill()
     trainer.wait()
     for pid in pids:
@@ -1765,7 +1760,7 @@ import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 launcher = ["sh", "-c", 'for f in 3 4 5 6 7 8 9; do eval "exec $f<&-"; done; "$0" "$@"; true']
 command = [*launcher, sys.executable, {str(HERE / "gym_bridge.py")!r}]
-case = dict(case="__import__('time').sleep(60)")
+case = dict(case="open('asked', 'w').close(); __import__('time').sleep(60)")
 session = GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 1, case, server_command=command)
 session.reset(0)
 session.step([0, 0])
@@ -1773,7 +1768,7 @@ print(session._servers[0].process.pid, flush=True)
 session.step([0, 0])
 """], stdout=subprocess.PIPE, text=True)  # fmt: skip
     group = int(trainer.stdout.readline())
-    time.sleep(0.25)
+    until(Path("asked").exists)
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
@@ -1802,14 +1797,22 @@ def test_a_session_that_is_dropped_while_an_environment_is_being_made_takes_its_
     assert_gone(group)
 
 
-def test_a_second_ctrl_c_while_servers_are_being_ended(workplace, ctrl_c):
-    fault = "signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+def test_a_second_ctrl_c_while_servers_are_being_ended(workplace, ctrl_c, monkeypatch):
+    fault = "signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
     session = fake_session(workplace, "step", fault)
     session.reset(0)
-    for delay in (0.3, 0.5):
-        threading.Timer(delay, os.kill, [os.getpid(), signal.SIGINT]).start()
+    waits, original = [], gym_bridge._wait_for_exits
+
+    def wait(servers, seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            signal.raise_signal(signal.SIGINT)
+        original(servers, seconds)
+
+    monkeypatch.setattr(gym_bridge, "_wait_for_exits", wait)
     with pytest.raises(KeyboardInterrupt):
         session.step([0, 1, 0])
+    assert waits == [gym_bridge.ERROR_GRACE, gym_bridge.CLOSE_GRACE]  # no time for a SIGTERM
     for server in session._servers:
         assert_gone(server.process.pid)
     with pytest.raises(BridgeError, match="dead: KeyboardInterrupt"):
@@ -1833,7 +1836,7 @@ def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
     gc.collect()  # what earlier tests left
     before = count()
     kept += [open_and_close() for _ in range(4)]
-    assert count() == before
+    until(lambda: count() == before)  # a thread may take a moment to end
 
 
 def test_nothing_grows():
@@ -1852,23 +1855,32 @@ what?
 {"id": [1e999], "cmd": "reset"}
 {"id": 7, "cmd": "reset", "sed": 1}
 {"id": 8, "cmd": "reset", "seed": -1}
-{"id": 9, "cmd": "close"}
+{"id": 9, "cmd": "fly"}
+["fly"]
+{"id": 10, "cmd": "step", "actions": "01"}
+{"id": 11, "cmd": "reset", "encoding": "gzip"}
+{"id": 12, "cmd": "close"}
 """
     command = [sys.executable, str(HERE / "gym_bridge.py"), "--env-id", "CartPole-v1", "--num-envs", "2"]
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     replies = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", None, 7, 8, 9]
-    assert [reply["ok"] for reply in replies] == [True, True, True, False, False, True, False, False, True]
+    assert [reply["id"] for reply in replies] == [1, 2, 3, None, "five", None, 7, 8, 9, None, 10, 11, 12]
+    assert [reply["id"] for reply in replies if reply["ok"]] == [1, 2, 3, None, 12]
     assert replies[0]["obs_high"] == [pytest.approx(4.8), None, pytest.approx(math.radians(24)), None]
     assert np.shape(replies[1]["obs"]) == (2, 4)
     assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})
     assert replies[3]["error"].startswith("a request is one line of strict JSON (Expecting value")
     assert "traceback" not in replies[3]
     assert replies[4]["rule"] == "action_range"
-    assert [reply["error"] for reply in replies[6:8]] == [
+    known = "a request is {\"id\": 1, \"cmd\": one of ['describe', 'reset', 'step', 'close'], ...}"
+    assert [reply["error"] for reply in replies[6:12]] == [
         "reset takes no ['sed']",
         "seed is a non-negative integer or null, not -1",
+        known,
+        known,
+        "actions is a list, not '01'",
+        'encoding is "base64" or "json", not \'gzip\'',
     ]
 
 
@@ -1937,8 +1949,9 @@ def test_a_socket_that_is_hung_up_on_one_side(workplace):
         assert server.wait(5) == -signal.SIGKILL
 
 
-def test_importing_gym_bridge_does_not_import_torch():
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gym_bridge; sys.exit('torch' in sys.modules)"
+def test_importing_gym_bridge_takes_the_standard_library_and_numpy():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gym_bridge; "
+    code += "sys.exit(bool({'torch', 'gymnasium', 'ale_py', 'tyro'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -2221,37 +2234,43 @@ def test_gae_and_returns_against_the_closed_form(seed, steps, gamma, gae_lambda)
             assert ours[t, env] == pytest.approx(expected, abs=1e-9)
 
 
-def test_gae_and_ppo_loss_run_when_pasted_under_import_torch():
-    """As a researcher would: cut the two functions out of the file and paste them into an empty one."""
-    source = (HERE / "ppo_cartpole.py").read_text()
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    pasted = [ast.get_source_segment(source, node) for node in functions if node.name in ("gae", "ppo_loss")]
-    program = (
-        "\n\n".join(["import torch", *pasted])
-        + """
+# What a researcher cuts out of a file, what the README says that it needs, what is done with it, the output.
+PASTE_ROWS = [
+    (
+        [ppo.gae, ppo.ppo_loss],
+        "import torch",
+        """
 zeros = torch.zeros(3, 2)
 print(gae(zeros + 1, zeros, zeros, zeros.bool(), zeros.bool(), 1.0, 1.0).tolist())
 actions, zero, one = torch.tensor([0, 1]), torch.zeros(2), torch.ones(2)
 loss, info = ppo_loss(torch.zeros(2, 2), zero, actions, zero, torch.eye(2)[0], one)
 print(loss.item() == (info["policy_loss"] + 0.5 * info["value_loss"]).item())
-"""
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["[[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]", "True"], done.stderr
-
-
-def test_inputs_and_muon_run_when_pasted():
-    """With what the README says that they need."""
-    source = (HERE / "ppo_pong_ram.py").read_text()
-    names = ("Inputs", "Muon", "orthogonal")
-    nodes = [node for node in ast.parse(source).body if getattr(node, "name", None) in names]
-    pasted = [ast.get_source_segment(source, node) for node in nodes]
-    assert len(pasted) == 3
-    program = (
-        "\n\n".join(["import math, torch", "from torch import nn", "from typing import Any", *pasted]).replace(
-            'plain(torch.optim.Optimizer, "momentum_buffer")', "torch.optim.Optimizer"
-        )
-        + """
+""",
+        "[[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]\nTrue\n",
+    ),
+    (
+        [ppo.Rollout, ppo.collect_rollout, ppo.evaluate],
+        """
+from __future__ import annotations
+from dataclasses import dataclass, fields
+import numpy as np, torch
+from torch import nn
+from gym_bridge import CheckedSession, Transition
+""",
+        """
+from gym_bridge import Contract, NativeSession
+from odd_envs import Counting
+with NativeSession([Counting(), Counting()], Contract((2,), 3)) as session:
+    session.reset(0)
+    rollout = collect_rollout(session, nn.Linear(2, 3), lambda seen: seen.sum(-1), 4)
+    print(rollout.done.tolist(), evaluate(session, nn.Linear(2, 3), 0, 1).shape)
+""",
+        "[[False, False], [False, False], [True, True], [False, False]] (2,)\n",
+    ),
+    (
+        [pong.Inputs, pong.Muon, pong.orthogonal],
+        "import math, torch; from torch import nn; from typing import Any",
+        """
 inputs, seen = Inputs((2, 3)), torch.arange(24, dtype=torch.uint8).view(4, 2, 3)
 inputs.update(seen)
 weights = nn.Parameter(torch.eye(2))
@@ -2259,10 +2278,19 @@ optimizer = Muon([weights])
 weights.sum().backward()
 optimizer.step()
 print(list(inputs(seen).shape), bool((weights != torch.eye(2)).all()))
-"""
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[4, 6] True\n", done.stderr
+""",
+        "[4, 6] True\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("things", "needs", "use", "output"), PASTE_ROWS, ids=["gae", "rollout", "muon"])
+def test_what_is_pasted_runs(things, needs, use, output):
+    program = "\n\n".join([needs.strip(), *map(inspect.getsource, things), use])
+    program = program.replace('plain(torch.optim.Optimizer, "momentum_buffer")', "torch.optim.Optimizer")
+    path = {"PYTHONPATH": f"{HERE}:."}
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **path}, capture_output=True, text=True)
+    assert done.stdout == output, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- PPO loss
@@ -2525,17 +2553,17 @@ def test_an_action_may_be_masked():
     assert torch.allclose(*map(torch.stack, results))
 
 
-def recorded(script, name, monkeypatch):
-    """What this function of the script returns from now on."""
-    returned = []
-    original = getattr(script, name)
+def recorded(owner, name, monkeypatch, what=lambda args, returned: returned):
+    """A list of ``what`` is to be known of every call of this function or method, from now on; else what it returns."""
+    calls, original = [], getattr(owner, name)
 
     def record(*args):
-        returned.append(original(*args))
-        return returned[-1]
+        returned = original(*args)
+        calls.append(what(args, returned))
+        return returned
 
-    monkeypatch.setattr(script, name, record)
-    return returned
+    monkeypatch.setattr(owner, name, record)
+    return calls
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
@@ -2553,27 +2581,19 @@ def test_ratio_is_one_before_the_first_step(script, monkeypatch):
 
 @pytest.mark.parametrize("script", [ppo, pong])
 def test_flags_arrive(script, monkeypatch):
-    seen = []
-    originals = script.ppo_loss, script.gae
-    monkeypatch.setattr(script, "ppo_loss", lambda *args: (seen.append(args[6:]), originals[0](*args))[1])
-    monkeypatch.setattr(script, "gae", lambda *args: (seen.append(args[5:]), originals[1](*args))[1])
+    judged = recorded(script, "gae", monkeypatch, lambda args, _: args[5:])
+    losses = recorded(script, "ppo_loss", monkeypatch, lambda args, _: args[6:])
     flags = {"gamma": 0.44, "gae_lambda": 0.55, "clip_coef": 0.11, "vf_coef": 0.22, "ent_coef": 0.33}
     script.train(small_args(script, update_epochs=1, **flags), small_session(script))
-    assert seen == [(0.44, 0.55), (0.11, 0.22, 0.33)]
+    assert (judged, losses) == ([(0.44, 0.55)], [(0.11, 0.22, 0.33)])
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
 def test_minibatches_are_shuffled_parts_of_the_rollout(script, monkeypatch):
     """Every epoch has all of it, in another order, and what belongs to a sample stays with it."""
-    seen, said, rollouts = [], [], recorded(script, "collect_rollout", monkeypatch)
-    original = script.ppo_loss
-
-    def recorded_loss(logits, values, actions, old_log_probs, advantages, targets, *rest):
-        seen.append(torch.stack([actions.double(), old_log_probs.double(), advantages.double(), targets.double()]))
-        said.append(values.detach().double())
-        return original(logits, values, actions, old_log_probs, advantages, targets, *rest)
-
-    monkeypatch.setattr(script, "ppo_loss", recorded_loss)
+    rollouts = recorded(script, "collect_rollout", monkeypatch)
+    columns = lambda args, _: [column.detach().double() for column in args[1:6]]  # noqa: E731
+    calls = recorded(script, "ppo_loss", monkeypatch, columns)
     args = small_args(script, num_steps=16, num_minibatches=4, update_epochs=3)
     script.train(args, small_session(script))
     (rollout,) = rollouts
@@ -2584,31 +2604,25 @@ def test_minibatches_are_shuffled_parts_of_the_rollout(script, monkeypatch):
     advantages = script.gae(*judged, args.gamma, args.gae_lambda)
     columns = (rollout.actions, rollout.log_probs, advantages, advantages + rollout.values)
     whole = torch.stack([column.flatten().double() for column in columns]).T.tolist()
+    seen = [torch.stack(columns) for _, *columns in calls]
     epochs = [torch.cat(seen[k : k + 4], 1).T.tolist() for k in (0, 4, 8)]
     assert {minibatch.shape for minibatch in seen} == {(4, 8)}
     for epoch in epochs:
         assert sorted(epoch) == sorted(whole)
         assert epoch != whole
     assert epochs[0] != epochs[1] != epochs[2]
-    _, _, advantages, targets = seen[0]
-    assert torch.allclose(said[0], targets - advantages, atol=1e-5)  # before the first step the critic says what it did
+    values, _, _, advantages, targets = calls[0]
+    assert torch.allclose(values, targets - advantages, atol=1e-5)  # before the first step the critic says what it did
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
 def test_a_gradient_is_of_one_minibatch_and_clipped_for_each_network(script, monkeypatch):
-    learners, norms = [], []
-    original_init, original_step = script.Run.__init__, script.Adam.step
+    runs = recorded(script.Run, "__init__", monkeypatch, lambda args, _: args[2:4])  # actor, critic
 
-    def recorded_init(self, args, actor, critic, *rest):
-        learners[:] = actor, critic
-        original_init(self, args, actor, critic, *rest)
+    def norms_of_gradients(*_):
+        return [float(sum(w.grad.square().sum() for w in each.parameters()).sqrt()) for each in runs[-1]]
 
-    def recorded_step(self):
-        norms.append([float(sum(w.grad.square().sum() for w in each.parameters()).sqrt()) for each in learners])
-        return original_step(self)
-
-    monkeypatch.setattr(script.Run, "__init__", recorded_init)
-    monkeypatch.setattr(script.Adam, "step", recorded_step)
+    norms = recorded(script.Adam, "step", monkeypatch, norms_of_gradients)
     rates = {field.name: 1e-30 for field in dataclasses.fields(script.Args) if field.name.endswith("learning_rate")}
     args = small_args(script, updates=2, update_epochs=3, max_grad_norm=1e9, **rates)
     script.train(args, small_session(script))
@@ -2629,11 +2643,21 @@ def test_one_update_changes_both_networks():
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
-def test_target_kl_cuts_epochs(script):
-    for target_kl, steps in (1e-12, 2 * 4), (1e9, 2 * 24):
-        args = small_args(script, updates=2, num_minibatches=4, update_epochs=6, target_kl=target_kl)
-        snapshot = script.train(args, small_session(script)).snapshot
-        assert snapshot["optimizers"][-1]["state"][0]["step"] == steps
+def test_target_kl_cuts_epochs(script, monkeypatch):
+    """Where that of an epoch's last minibatch is above it, which none of the others is."""
+    losses = recorded(script, "ppo_loss", monkeypatch)
+    args = small_args(script, updates=2, num_minibatches=4, update_epochs=6, solved_return=1e8)
+    script.train(args, small_session(script))
+    assert len(losses) == 2 * 24
+    *others, last = [info["approx_kl"].item() for _, info in losses[:4]]
+    assert max(others) < 0.99 * last
+    for target_kl, steps in (1e-12, [8]), (0.99 * last, range(2 * 4, 2 * 24)), (1e9, [2 * 24]):
+        losses.clear()
+        script.train(dataclasses.replace(args, target_kl=target_kl), small_session(script))
+        assert len(losses) in steps
+    losses.clear()
+    script.train(dataclasses.replace(args, updates=1, target_kl=0.99 * last), small_session(script))
+    assert len(losses) == 4
 
 
 def test_the_logged_metrics_against_an_oracle(monkeypatch):
@@ -2670,17 +2694,9 @@ def test_the_logged_metrics_against_an_oracle(monkeypatch):
 
 
 def test_pongs_explained_variance(monkeypatch):
-    seen = []
-    original = pong.gae
-
-    def recorded(rewards, values, *rest):
-        advantages = original(rewards, values, *rest)
-        seen.append((advantages.numpy(), values.numpy()))
-        return advantages
-
-    monkeypatch.setattr(pong, "gae", recorded)
+    judged = recorded(pong, "gae", monkeypatch, lambda args, advantages: (advantages.numpy(), args[1].numpy()))
     run = pong.train(small_args(pong, updates=3, eval_every=1), small_session(pong))
-    advantages, values = seen[-1]
+    advantages, values = judged[-1]
     expected = 1 - np.var(advantages) / np.var(advantages + values)
     assert abs(expected) > 0.01
     assert run.history["explained_variance"][-1] == pytest.approx(expected, abs=1e-4)
@@ -2722,34 +2738,18 @@ def test_the_sampled_return_of_episodes_longer_than_a_rollout():
 @pytest.mark.parametrize("script", [ppo, pong])
 @pytest.mark.parametrize("anneal", [True, False])
 def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(script, anneal, monkeypatch):
-    rates, bonuses = [], []
-    original_step, original_loss = script.Adam.step, script.ppo_loss
-
-    def recorded_step(self):
-        rates.append(self.param_groups[0]["lr"])
-        return original_step(self)
-
-    def recorded_loss(*args):
-        bonuses.append(args[-1])
-        return original_loss(*args)
-
-    monkeypatch.setattr(script.Adam, "step", recorded_step)
-    monkeypatch.setattr(script, "ppo_loss", recorded_loss)
+    rates = recorded(script.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    bonuses = recorded(script, "ppo_loss", monkeypatch, lambda args, _: args[-1])
+    torch.set_num_threads(2)
     flags = {"updates": 4, "anneal_lr": anneal, "learning_rate": 0.008, "ent_coef": 0.512, "update_epochs": 1}
     script.train(small_args(script, **flags), small_session(script))
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002] if anneal else [0.008] * 4)
     assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if anneal else [0.512] * 4)  # with the cube
+    assert torch.get_num_threads() == 1  # set by train
 
 
 def test_a_schedule_goes_on_after_resume(monkeypatch):
-    rates = []
-    original_step = ppo.Adam.step
-
-    def recorded_step(self):
-        rates.append(self.param_groups[0]["lr"])
-        return original_step(self)
-
-    monkeypatch.setattr(ppo.Adam, "step", recorded_step)
+    rates = recorded(ppo.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     args = small_args(ppo, updates=2, anneal_lr=True, learning_rate=0.008, update_epochs=1)
     ppo.train(args, cartpole_session(2))
     ppo.train(dataclasses.replace(args, updates=4, resume=True), cartpole_session(2))
@@ -2959,22 +2959,11 @@ def test_input_statistics_are_saved_and_no_parameters():
     assert not any("inputs" in name for name, _ in actor.named_parameters())
 
 
-def test_pongs_rates_fall_and_it_learns_with_one_thread(monkeypatch):
-    rates = {pong.Adam: [], pong.Muon: []}
+def test_all_of_pongs_rates_fall(monkeypatch):
+    def rates_of_both(args, _):
+        return [group["lr"] for group in args[0].param_groups]
 
-    def recorded(optimizer):
-        original = optimizer.step
-
-        def step(self, *args, **kwargs):
-            assert torch.get_num_threads() == 1
-            rates[optimizer].append([group["lr"] for group in self.param_groups])
-            return original(self, *args, **kwargs)
-
-        return step
-
-    torch.set_num_threads(2)
-    for optimizer in rates:
-        monkeypatch.setattr(optimizer, "step", recorded(optimizer))
+    rates = {kind: recorded(kind, "step", monkeypatch, rates_of_both) for kind in (pong.Adam, pong.Muon)}
     flags = {"update_epochs": 1, "learning_rate": 0.1, "critic_learning_rate": 0.4}
     pong.train(small_args(pong, updates=5, **flags), small_session(pong))
     for optimizer, actor_rate in (pong.Adam, 0.1), (pong.Muon, 0.2):
@@ -3000,9 +2989,8 @@ def test_pongs_networks_have_a_rate_each(which):
 @pytest.mark.parametrize("default", [False, True], ids=["another game", "Pong"])
 @pytest.mark.parametrize("cut", [None, True, False])
 def test_pongs_credit_ends_at_a_reward(cut, default, monkeypatch):
-    judged, rollouts = [], recorded(pong, "collect_rollout", monkeypatch)
-    original = pong.gae
-    monkeypatch.setattr(pong, "gae", lambda *args: (judged.append(args[3:5]), original(*args))[1])
+    rollouts = recorded(pong, "collect_rollout", monkeypatch)
+    judged = recorded(pong, "gae", monkeypatch, lambda args, _: args[3:5])
     if default:
         monkeypatch.setattr(pong, "ENV_ID", "Small")  # what small_args says
     pong.train(small_args(pong, cut_at_reward=cut, solved_return=1e8), small_session(pong))
@@ -3017,15 +3005,8 @@ def test_pongs_credit_ends_at_a_reward(cut, default, monkeypatch):
 
 @pytest.mark.parametrize(("anneal", "kept"), [(True, [0.6, 0.7, 0.8, 0.9]), (False, [0.6, 0.6, 0.6, 0.6])])
 def test_pong_forgives_less_and_less_of_a_loss(anneal, kept, monkeypatch):
-    judged = []
-    original = pong.gae
-
-    def recorded_gae(rewards, *rest):
-        judged.append(rewards)
-        return original(rewards, *rest)
-
     rollouts = recorded(pong, "collect_rollout", monkeypatch)
-    monkeypatch.setattr(pong, "gae", recorded_gae)
+    judged = recorded(pong, "gae", monkeypatch, lambda args, _: args[0])
     monkeypatch.setattr(Bytes, "step", lambda self, action: (self.reset()[0], [2.0, -3.0][action], False, False, {}))
     run = pong.train(small_args(pong, updates=4, leniency=0.4, anneal_lr=anneal), small_session(pong))
     assert {reward for rollout in rollouts for reward in rollout.rewards.flatten().tolist()} == {2.0, -3.0}
@@ -3034,6 +3015,26 @@ def test_pong_forgives_less_and_less_of_a_loss(anneal, kept, monkeypatch):
     assert run.episode_returns.sum() == sum(rollout.rewards.sum() for rollout in rollouts)  # the log's are as they were
     with pytest.raises(ValueError, match=r"--leniency must lie in 0 \.\. 1, not 1\.5"):
         pong.Args(leniency=1.5)
+
+
+def test_pong_learns():
+    """To say of a byte whether it is above 127; every episode is one guess."""
+
+    class Above:
+        def reset(self, seed=None):
+            self.random = self.random if seed is None else np.random.default_rng(seed)
+            self.byte = self.random.integers(256, dtype=np.uint8)
+            return np.array([self.byte]), {}
+
+        def step(self, action):
+            return np.array([self.byte]), float(action == (self.byte > 127)), True, False, {}
+
+    shown = {"frame_stack": 2, "append_action": True}
+    session = NativeSession([Above() for _ in range(8)], Contract((1,), 2, "uint8"), **shown)
+    args = pong.Args(env_id="Above", num_envs=8, num_steps=64, updates=12, num_minibatches=4, eval_episodes=100)
+    run = pong.train(args, session)
+    assert run.history["avg_return"][0] < 0.7
+    assert run.history["avg_return"][-1] > 0.9
 
 
 PONG_SHORT = ["--eval-every", "2", "--eval-episodes", "2", "--eval-max-steps", "20", "--num-envs", "4"]
@@ -3106,21 +3107,6 @@ def test_cartpole_is_held_to_its_reward():
     with ppo.open_session(ppo.Args(), 1) as session:
         assert session.contract == ppo.CONTRACT
     assert ppo.CONTRACT.reward_range == (0.0, 1.0)
-
-
-def test_defaults_are_those_of_the_readme():
-    readme = re.sub(r"\s+", " ", (HERE / "README.md").read_text())
-    args, default = pong.Args(), ppo.Args()
-    for text in (
-        f"(gamma {args.gamma}, lambda {args.gae_lambda})",
-        f"entropy bonus that is large at first, {args.ent_coef},",
-        f"a greedy mean of {pong.SOLVED_RETURN:g} (of 21) over {pong.FINAL_EPISODES} fresh games",
-        f"over {args.eval_episodes} games reaches {pong.SOLVED_RETURN:g}",
-        f"gamma={default.gamma}, gae_lambda={default.gae_lambda})",
-        f"its default is 0 in the function, {default.ent_coef} in the script",
-        f"{default.eval_episodes} games of ten seconds",
-    ):
-        assert text in readme
 
 
 @pytest.mark.parametrize(("name", "shown"), [("Odd", "float32 of shape (2,)"), ("ByteImage", "uint8 of shape (2, 3)")])
@@ -4175,11 +4161,11 @@ def test_another_environment_needs_no_change():
 
 def test_ctrl_c_while_torch_is_being_imported():
     process = subprocess.Popen([sys.executable, str(HERE / "ppo_cartpole.py")], stderr=subprocess.PIPE, text=True)
-    while (
-        str(process.pid)
-        not in subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True).stdout.split()
-    ):
-        time.sleep(0.02)  # the servers are started just before
+
+    def parents():
+        return subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True).stdout.split()
+
+    until(lambda: str(process.pid) in parents())  # the servers are started just before
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "ppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
@@ -4465,3 +4451,64 @@ def test_help_whose_reader_has_left(script, unbuffered):
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, f"{script}: [Errno 32] Broken pipe\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- the README
+
+
+def test_the_readme_names_every_rule():
+    readme = (HERE / "README.md").read_text()
+    for rule, meaning in RULES.items():
+        assert f"| `{rule}` | {meaning} |" in readme
+
+
+def test_the_readme_counts_and_compares_the_files_as_they_are():
+    """Line counts, and what Pong changes (put the output of the diff into the README where this fails)."""
+    readme = (HERE / "README.md").read_text()
+    for name, count in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", readme, re.MULTILINE):
+        assert len((HERE / name).read_text().splitlines()) == int(count.replace(",", "")), name
+    scripts = ["ppo_cartpole.py", "ppo_pong_ram.py"]
+    shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
+    assert shown == subprocess.run(["diff", *scripts], cwd=HERE, capture_output=True, text=True).stdout
+
+
+def test_defaults_are_those_of_the_readme():
+    readme = re.sub(r"\s+", " ", (HERE / "README.md").read_text())
+    args, default = pong.Args(), ppo.Args()
+    for text in (
+        f"(gamma {args.gamma}, lambda {args.gae_lambda})",
+        f"entropy bonus that is large at first, {args.ent_coef},",
+        f"a greedy mean of {pong.SOLVED_RETURN:g} (of 21) over {pong.FINAL_EPISODES} fresh games",
+        f"over {args.eval_episodes} games reaches {pong.SOLVED_RETURN:g}",
+        f"gamma={default.gamma}, gae_lambda={default.gae_lambda})",
+        f"its default is 0 in the function, {default.ent_coef} in the script",
+        f"{default.eval_episodes} games of ten seconds",
+    ):
+        assert text in readme
+
+
+PYTHON = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+BLOCKS = [textwrap.dedent(code) for _, code in PYTHON.findall((HERE / "README.md").read_text())]
+BEFORE = {  # what such a block takes for granted
+    "Contract(": "from gym_bridge import Contract",
+    "import json": "import ppo_cartpole as ppo; "
+    "ppo.train(ppo.Args(updates=1, eval_episodes=1, eval_max_steps=1, num_envs=2, num_workers=1))",
+    "with torch": "import torch; from ppo_cartpole import Actor, Critic, gae, ppo_loss; "
+    "rewards, values, next_values, log_probs = torch.randn(4, 8, 2); terminated = truncated = rewards > 9; "
+    "actions = (rewards > 0).long(); observations = torch.randn(8, 2, 4); actor, critic = Actor((4,), 2), Critic((4,))",
+    "mode =": "import gymnasium, numpy as np; env_id = 'CartPole-v1'",
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[code.split("\n")[0] for code in BLOCKS])
+def test_python_in_the_readme_runs(workplace, block):
+    """Of trainings, one update."""
+    assert len(BLOCKS) == 8
+    begin = next((code for start, code in BEFORE.items() if block.startswith(start)), "")
+    if "Lake-v0" in block:  # Lander-v0, beside it, is made of what is not installed for the tests
+        (workplace / "my_envs.py").write_text(block)
+        block = "import gym_bridge; assert gym_bridge.Contract.from_env('my_envs:Lake-v0').obs_shape == (16,)"
+    program = f"{begin}\n{re.sub(r'updates=[0-9]+', 'updates=1', block)}"
+    path = {"PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
