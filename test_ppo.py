@@ -3485,8 +3485,11 @@ def test_a_verdict_that_was_interrupted_is_made_up_for(script, monkeypatch):
 @pytest.mark.parametrize("script", [ppo, pong])
 @pytest.mark.parametrize(("goal", "rows"), [(None, [0, 2, 3]), (-1e8, [0, 2])])
 def test_an_evaluation_that_was_interrupted_is_made_up_for(script, goal, rows, monkeypatch):
+    def session():  # whose episodes are the same however many came before
+        return cartpole_session(2) if script is ppo else small_session(pong)
+
     args = small_args(script, updates=3, num_steps=4, eval_every=2, solved_return=goal)
-    unbroken = script.train(args, small_session(script))
+    unbroken = script.train(args, session())
     whole = script.Run.evaluate
 
     def interrupted(run, *asked):
@@ -3497,10 +3500,10 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(script, goal, rows, m
     with monkeypatch.context() as patch:
         patch.setattr(script.Run, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            script.train(args, small_session(script))
+            script.train(args, session())
     log = args.log.read_text()
     assert json.loads(log)["series"][0]["values"][1] == "NaN"
-    run = script.train(dataclasses.replace(args, resume=True), small_session(script))
+    run = script.train(dataclasses.replace(args, resume=True), session())
     assert (run.rows, run.solved) == (rows, goal is not None)
     for name in "avg_return", "approx_kl", "env_steps":
         assert run.history[name][1] == unbroken.history[name][1]
