@@ -254,7 +254,7 @@ def stop(message: object, code: int) -> NoReturn:
 STARTED = time.perf_counter()
 EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))
+    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))  # even if a shell, after &, has it ignored
     try:
         early_args = tyro.cli(Args)
         if not (early_args.watch or early_args.resume):

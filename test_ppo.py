@@ -201,6 +201,47 @@ def process_table():
     return groups
 
 
+def cartpole_session(num_envs=4):
+    import gymnasium
+
+    return NativeSession([gymnasium.make("CartPole-v1") for _ in range(num_envs)], ppo.CONTRACT)
+
+
+def run_script(*flags, script="ppo_cartpole.py", timeout=100, **environment):
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def read_log(path="data/rl/ppo_cartpole_trainlog.json"):
+    def refuse(token):
+        raise ValueError(token)
+
+    return json.loads(Path(path).read_text(), parse_constant=refuse)  # strict JSON
+
+
+def notes(log):
+    return dict(note.split("=", 1) for note in log["notes"])
+
+
+def same(one, other):
+    """Equal to the last bit, NaN equal to itself."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and one.numpy().tobytes() == other.numpy().tobytes()
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or one != one != other
+
+
 # ------------------------------------------------------------------------------------------------- contract: the rules
 
 ODD = Contract((2,), 2, obs_range=(-1, 1), reward_range=(0, 1), require_exclusive_done_flags=True)
@@ -814,15 +855,6 @@ def test_a_server_command_is_also_the_twins_and_is_asked_for_the_spaces(workplac
         assert twin.reset(0).tolist() == [[1, 0]]
 
 
-def test_a_timeout_is_also_the_twins_and_holds_when_spaces_are_asked_for(workplace):
-    (workplace / "hang.py").write_text("import time; time.sleep(30)")
-    command = [sys.executable, str(workplace / "hang.py")]
-    with GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=1, server_command=command, wait=False) as session:
-        for ask in lambda: session.twin(1).reset(0), lambda: Contract.from_env("Fake-v0", None, command, 1):
-            with pytest.raises(BridgeError, match="no whole reply within 1 s"):
-                ask()
-
-
 @pytest.mark.parametrize("what", ["action_space", "observation_space"])
 def test_environments_that_declare_unlike_spaces_are_refused(what):
     with (
@@ -1285,6 +1317,15 @@ def test_close_never_raises_and_ends_everything(workplace, name, fault, env):
     assert time.monotonic() - moment < 3
     for server in session._servers:
         assert_gone(server.process.pid)
+
+
+def test_a_timeout_is_also_the_twins_and_holds_when_spaces_are_asked_for(workplace):
+    (workplace / "hang.py").write_text("import time; time.sleep(30)")
+    command = [sys.executable, str(workplace / "hang.py")]
+    with GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=1, server_command=command, wait=False) as session:
+        for ask in lambda: session.twin(1).reset(0), lambda: Contract.from_env("Fake-v0", None, command, 1):
+            with pytest.raises(BridgeError, match="no whole reply within 1 s"):
+                ask()
 
 
 def test_a_server_that_hangs_is_told_before_it_is_killed(workplace, monkeypatch):
@@ -2418,12 +2459,6 @@ def test_the_kl_estimate_of_a_small_step_is_exact_in_float32():
 # ------------------------------------------------------------------------------------------------- rollout and evaluate
 
 
-def cartpole_session(num_envs=4):
-    import gymnasium
-
-    return NativeSession([gymnasium.make("CartPole-v1") for _ in range(num_envs)], ppo.CONTRACT)
-
-
 def networks(seed=0):
     torch.manual_seed(seed)
     return ppo.Actor((4,), 2), ppo.Critic((4,))
@@ -3173,29 +3208,7 @@ def test_it_learns():
     assert run.history["avg_return"][0] < 475
 
 
-def run_script(*flags, script="ppo_cartpole.py", timeout=100, **environment):
-    return subprocess.run(
-        [sys.executable, str(HERE / script), *flags],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-    )
-
-
 SHORT = ["--updates", "4", "--eval-every", "2", "--eval-episodes", "3", "--eval-max-steps", "50"]
-
-
-def read_log(path="data/rl/ppo_cartpole_trainlog.json"):
-    def refuse(token):
-        raise ValueError(token)
-
-    return json.loads(Path(path).read_text(), parse_constant=refuse)  # strict JSON
-
-
-def notes(log):
-    return dict(note.split("=", 1) for note in log["notes"])
 
 
 @pytest.fixture(scope="module")
@@ -3972,18 +3985,6 @@ def begin_from(checkpoint):
     return ppo.Run(args, actor, critic, [optimizer])
 
 
-def same(one, other):
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and one.numpy().tobytes() == other.numpy().tobytes()
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other or one != one != other
-
-
 def test_a_checkpoint_that_would_unpack_to_gigabytes_is_refused(short_run):
     folder, _ = short_run
     whole = zipfile.ZipFile(folder / "data/rl/ppo_cartpole.pt")
@@ -4145,17 +4146,6 @@ def test_watch_elsewhere_needs_no_display_here(short_run):
     assert (done.returncode, done.stdout) == (0, "episode 1: return 2\n"), done.stderr
 
 
-def test_an_environment_that_falls_ill_while_it_is_watched():
-    """That is a fault, exit code 1; an environment that cannot be shown was wrong input."""
-    Path("sick.py").write_text(SICK.replace("2500", "5"))
-    flags = ["--env-id", "sick:Sick-v0", "--eval-episodes", "2", "--eval-max-steps", "20"]
-    assert run_script("--updates", "1", "--eval-every", "1", *flags).returncode == 0
-    Path("sickness").write_text("raise OSError('ill')")
-    done = run_script("--watch", *flags, SDL_VIDEODRIVER="dummy")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "OSError: ill" in done.stderr
-
-
 def test_another_environment_needs_no_change():
     done = run_script("--env-id", "odd_envs:Counting-v0", "--num-steps", "8", *SHORT)
     assert done.returncode == 0, done.stderr
@@ -4262,6 +4252,17 @@ if __name__ == "__main__":  # main() with a deadline of its own
         stored = ppo.stored_args(ppo.Args(env_id="sick:Sick-v0"))
         ppo.train(dataclasses.replace(stored, resume=True, updates=11))
     assert (read_log()["steps"], notes(read_log())["violations"]) == ([0, 4, 8, 9, 11], str(int(name == "nan")))
+
+
+def test_an_environment_that_falls_ill_while_it_is_watched():
+    """That is a fault, exit code 1; an environment that cannot be shown was wrong input."""
+    Path("sick.py").write_text(SICK.replace("2500", "5"))
+    flags = ["--env-id", "sick:Sick-v0", "--eval-episodes", "2", "--eval-max-steps", "20"]
+    assert run_script("--updates", "1", "--eval-every", "1", *flags).returncode == 0
+    Path("sickness").write_text("raise OSError('ill')")
+    done = run_script("--watch", *flags, SDL_VIDEODRIVER="dummy")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "OSError: ill" in done.stderr
 
 
 def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
