@@ -2168,14 +2168,6 @@ def test_base64_has_no_more_padding_than_it_needs(padding):
 # ----------------------------------------------------------------------------------------------------------- advantages
 
 
-def column(*values):
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # (T, 1)
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.bool).unsqueeze(1)  # (T, 1)
-
-
 @pytest.mark.parametrize(
     ("terminated", "truncated", "expected"),
     [
@@ -2189,9 +2181,9 @@ def flags(*values):
     ids=["continue", "terminate", "truncate", "both"],
 )
 def test_gae_by_hand(terminated, truncated, expected):
-    advantages = ppo.gae(
-        column(1, 2), column(4, 8), column(6, 10), flags(terminated, False), flags(truncated, False), 0.5, 0.5
-    )
+    numbers = torch.tensor([[1.0, 2.0], [4.0, 8.0], [6.0, 10.0]]).unsqueeze(-1)  # (3, T, N)
+    flags = torch.tensor([[terminated, False], [truncated, False]]).unsqueeze(-1)
+    advantages = ppo.gae(*numbers, *flags, 0.5, 0.5)
     assert advantages.squeeze(1).tolist() == expected
 
 
