@@ -1008,13 +1008,17 @@ for line in sys.stdin:
 FAKE = Contract((2,), 2, obs_range=(-1, 1), reward_range=(0, 1), require_exclusive_done_flags=True)
 
 
+def fake_server(workplace, faulty, fault, hosts="n"):
+    """A command; with the fault are all servers, or those that host so many environments."""
+    server = workplace / "fake_server.py"
+    server.write_text(FAKE_SERVER.replace("FAULTY", faulty).replace("HOSTS", hosts).replace("FAULT", fault))
+    return [sys.executable, str(server)]
+
+
 def fake_session(workplace, faulty, fault, env=2, timeout=20.0):
     """Environments 0, 1, 2; worker 0 hosts the first, worker 1 the others.  Environment ``env`` has the fault."""
-    server = workplace / "fake_server.py"
     hosts, own = (1, 0) if env == 0 else (2, env - 1)  # the environments of the worker; the index of this one there
-    code = FAKE_SERVER.replace("FAULTY", faulty).replace("HOSTS", str(hosts)).replace("FAULT", fault)
-    server.write_text(code.replace("ENV", str(own)))
-    command = [sys.executable, str(server)]
+    command = fake_server(workplace, faulty, fault.replace("ENV", str(own)), str(hosts))
     return GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=timeout, server_command=command, wait=False)
 
 
@@ -1174,12 +1178,11 @@ def test_a_bad_number_is_found_wherever_an_observation_comes_from(workplace, row
 
 @pytest.mark.parametrize("number", ["0.0", "-1", "256", "2**64", "True", "None", "'1'", "[1]"])
 def test_a_number_of_an_integer_observation(workplace, number):
-    server = workplace / "fake_server.py"
-    code = FAKE_SERVER.replace("FAULTY", "step").replace("HOSTS", "n").replace("float32", "uint8")
+    command = fake_server(workplace, "step", f"reply['next_obs'][1][0] = {number}")
+    code = Path(command[1]).read_text().replace("float32", "uint8")
     code = code.replace("[-1, None]", "[0, 0]").replace("[1, None]", "[255, 255]")
     code = code.replace("0.25", "1").replace("0.75", "255").replace("0.5", "2").replace("[0.0,", "[0,")
-    server.write_text(code.replace("FAULT", f"reply['next_obs'][1][0] = {number}"))
-    command = [sys.executable, str(server)]
+    Path(command[1]).write_text(code)
     with GymnasiumSession("Fake-v0", Contract((2,), 2, "uint8"), 2, server_command=command, timeout=20) as session:
         assert session.reset(0).tolist() == [[0, 1], [0, 1]]
         with pytest.raises(ContractViolation, match=r"step 1, environment 1: contract rule obs_(dtype|type) broken"):
@@ -1253,10 +1256,7 @@ def test_an_error_reply_that_names_what_there_is_not(workplace, error, message):
 @pytest.mark.parametrize("faulty", ["describe", "reset", "step"])
 def test_all_workers_together_have_the_time_of_one_reply(workplace, faulty):
     """The first answers late, the second never."""
-    server = workplace / "fake_server.py"
-    code = FAKE_SERVER.replace("FAULTY", faulty).replace("HOSTS", "n")
-    server.write_text(code.replace("FAULT", "time.sleep(2 if n == 1 else 60)"))
-    command = [sys.executable, str(server)]
+    command = fake_server(workplace, faulty, "time.sleep(2 if n == 1 else 60)")
     session = GymnasiumSession("Fake-v0", FAKE, 3, 2, timeout=3, server_command=command, wait=False)
     assert_fault(session, faulty, BridgeError, "within 3 s")
 
@@ -1350,10 +1350,7 @@ def test_close_while_a_server_hangs_before_it_was_ever_asked(workplace):
 
 def test_a_server_that_stops_reading(workplace):
     """Its pipe is full before the request is written: that wait is bounded too."""
-    server = workplace / "fake_server.py"
-    code = FAKE_SERVER.replace("FAULTY", "reset").replace("HOSTS", "n")
-    server.write_text(code.replace("FAULT", "say(json.dumps(reply) + '\\n'); time.sleep(60)"))
-    command = [sys.executable, str(server)]
+    command = fake_server(workplace, "reset", "say(json.dumps(reply) + '\\n'); time.sleep(60)")
     session = GymnasiumSession("Fake-v0", FAKE, 50_000, timeout=3, server_command=command)
     session.reset(0)
     moment = time.monotonic()
