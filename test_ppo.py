@@ -3429,7 +3429,7 @@ def test_no_episode_is_played_twice():
     args = small_args(ppo, updates=2, eval_every=1)
     for flags in {"seed": 1}, {"seed": 2}, {"seed": 2, "resume": True, "updates": 3}:
         ppo.train(dataclasses.replace(args, **flags), NativeSession([Witness(), Witness()], Contract((1,), 2)))
-    assert len(seeds) == 3 * (2 + 100) + 3 + 3 + 1  # training and verdicts; evaluations
+    assert len(seeds) == 3 * (2 + 100) + 3 + 3 + 1  # training and verdicts; evaluations of the three runs
     assert len(set(seeds)) == len(seeds)
     assert max(seeds) < 2**31 + 100
 
@@ -4180,7 +4180,8 @@ def test_ctrl_c_saves_and_leaves_with_130(times):
         assert run_script("--resume", *flags).returncode == 0
 
 
-# An environment that is CartPole until, somewhere in the tenth update, it does what the file "sickness" says.
+# An environment that is CartPole until it does what the file "sickness" says: in step 313 of 8 environments, that is, in
+# the tenth update of 32.
 SICK = """
 import os, time, gymnasium, numpy as np
 from pathlib import Path
@@ -4200,7 +4201,7 @@ SICK_ROWS = [
     ("nan", "obs[1] = np.nan", r"step 313, environment \d: contract rule obs_finite broken: .*got nan"),
     ("raises", "raise OverflowError('too much')", r"step 313, environment \d: .*OverflowError: too much.*sick.py"),
     ("killed", "os.kill(os.getpid(), 9)", r"step 313: the server hung up.*SIGKILL"),
-    ("hangs", "time.sleep(60)", r"step 313: no whole reply within 15 s.*was running"),
+    ("hangs", "time.sleep(60)", r"step 313: no whole reply within .*was running"),
     ("prints", "os.write(2, b'last words'); os._exit(7)", r"step 313: .*exit code 7.*last words"),
 ]
 
@@ -4215,7 +4216,8 @@ import sys; sys.path.insert(0, {str(HERE)!r})
 import ppo_cartpole as ppo
 if __name__ == "__main__":  # main() with a deadline of its own
     contract = ppo.Contract.from_env("sick:Sick-v0")
-    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8, timeout={15.0 if name == "hangs" else 60.0}))
+    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8))
+    ppo.EARLY[0]._timeout = 5  # now that it has started
     ppo.main()
 """)
     flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
