@@ -4180,8 +4180,8 @@ def test_ctrl_c_saves_and_leaves_with_130(times):
         assert run_script("--resume", *flags).returncode == 0
 
 
-# An environment that is CartPole until it does what the file "sickness" says: in step 313 of 8 environments, that is, in
-# the tenth update of 32.
+# An environment that is CartPole until it does what the file "sickness" says: in step 313 of 8 of them, which is in the
+# tenth update of 32.
 SICK = """
 import os, time, gymnasium, numpy as np
 from pathlib import Path
