@@ -21,10 +21,11 @@ conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then t
     > {"id": 4, "cmd": "close"}
     < {"id": 4, "ok": true}
 
-An open bound is null.  ``next_obs`` is where the actions led.  An environment whose episode has ended begins the
-next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first observation of it.  A request that fails is
-answered by ``"ok": false`` and ``"error"``; where a rule is broken also by ``rule``, ``expected`` and ``got``, where
-one environment is at fault by ``env``, and where it raised by ``traceback``.
+Environment i is seeded ``seed + i``; the seed may be null.  ``obs_low`` and ``obs_high`` are nested as an observation
+is, with null for an open side; ``versions`` maps names to strings.  ``next_obs`` is where the actions led.  An
+environment whose episode has ended begins the next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first
+observation of it.  A request that fails is answered by ``"ok": false`` and ``"error"``; where a rule is broken also by
+``rule``, ``expected`` and ``got``, where one environment is at fault by ``env``, and where it raised by ``traceback``.
 
 A request may say ``"encoding": "base64"``: then ``obs`` and ``next_obs`` are one string each, base64 of all their bytes
 (little-endian, in C order), and so is each value of ``reset_obs``.  (Lists are understood, too.)  The server keeps the
@@ -41,7 +42,9 @@ the lifeline, and the server the reading end; nothing is ever written to it.  Ho
 and Linux kills the server's process group; elsewhere the server sees that its stdin has closed, and exits.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
-environment may live in another virtual environment, container or host.
+environment may live in another virtual environment, container or host.  Anything that holds the conversation may stand
+in its place: it is started with ``--env-id=ID --num-envs N`` (and ``--make-kwargs``, where there are some, ``--awake``
+and ``--lifeline``), flushes every reply, and puts no other keys into it.
 """
 
 from __future__ import annotations
@@ -649,7 +652,7 @@ class GymnasiumSession(CheckedSession):
         append_action: bool = False,
     ) -> None:
         if not (_is_int(num_envs) and _is_int(num_workers) and 1 <= num_workers <= num_envs):
-            raise ValueError(f"need 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
+            raise ValueError(f"need integers 1 <= num_workers <= num_envs, not {num_workers!r} and {num_envs!r}")
         if isinstance(server_command, str):
             raise ValueError(f"server_command must be a list of words (see shlex.split), not {server_command!r}")
         if server_command is not None and not server_command:

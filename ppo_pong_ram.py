@@ -614,10 +614,11 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe; for another environment set ``args.env_id``, too, or the
-    default's goal ends the run).  eval_session: where the greedy policy is evaluated, in environments of its own
-    (default: more of the session's kind).  Both are closed at the end.  ``args.resume`` takes weights, counters and
-    history from the checkpoint, and everything else from ``args``: filling in the stored arguments is main()'s work.
+    session: where to train (default: what ``args`` describe).  For another environment give ``Args`` another
+    ``env_id``, too, whatever it says: else the default's goal ends the run.  eval_session: where the greedy policy is
+    evaluated, in environments of its own (default: the session's ``twin``).  Both are closed at the end.
+    ``args.resume`` takes weights, counters and history from the checkpoint, and everything else from ``args``: filling
+    in the stored arguments is main()'s work.
     Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
@@ -839,8 +840,12 @@ class Run:
         self.snapshot = self.state()
         self.start_clock()
         resumed = f", after update {self.update}" if args.resume else ""
-        end = "" if self.solved_return < math.inf else f" (without --solved-return it ends after update {args.updates})"
-        print(f"{self.title}{resumed}: starting {args.num_envs} environments{end}", flush=True)
+        what = f"starting {args.num_envs} environments"
+        if self.final_returns is not None and (self.solved or self.update == args.updates):
+            what = "nothing left to do (there would be with a larger --updates, a higher --solved-return)"
+        elif self.solved_return == math.inf:
+            what += f" (without --solved-return it ends after update {args.updates})"
+        print(f"{self.title}{resumed}: {what}", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -1204,8 +1209,9 @@ def stored_args(args: Args) -> Args:
     """
     try:
         stored = dict(load_checkpoint(args.checkpoint)["args"])
-        if differing := stored.keys() ^ asdict(args).keys():
-            raise ValueError(f"it lacks, or has besides, {', '.join(sorted(map(str, differing)))}")
+        names = asdict(args).keys()
+        if stored.keys() != names:
+            raise ValueError(f"missing {sorted(names - stored.keys())}, unknown {sorted(stored.keys() - names)}")
         stored |= {name: getattr(args, name) for name in ("log", "checkpoint", "server_command", "resume", "watch")}
         restored = Args(**stored)
     except (KeyError, TypeError, ValueError) as error:

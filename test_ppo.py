@@ -3885,8 +3885,9 @@ def test_a_flag_given_with_resume_counts(short_run, workplace):
     done = run_script("--resume", "--checkpoint", "copy.pt", "--log", "/proc/nowhere/log.json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("ppo_cartpole.py: cannot write /proc/nowhere/log.json")
-    done = run_script("--resume", *flags)  # nothing left to do
+    done = run_script("--resume", *flags)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("PPO on CartPole-v1, seed 3, after update 5: nothing left to do (")
     assert "\nnot solved" in done.stdout
 
 
@@ -3926,6 +3927,10 @@ def damage(state, name):
         state["history"]["entropy"].pop()
     elif name == "no arguments":
         del state["args"]
+    elif name == "an argument less":
+        del state["args"]["gamma"]
+    elif name == "an argument more":
+        state["args"]["theta"] = 1.0
     elif name == "argument of another type":
         state["args"]["num_envs"] = 8.0
     elif name == "truth for a number":
@@ -3951,6 +3956,8 @@ def damage(state, name):
         "rows of the future",
         "short history",
         "no arguments",
+        "an argument less",
+        "an argument more",
         "argument of another type",
         "truth for a number",
         "word for a number",
