@@ -6,8 +6,8 @@
 A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands.  An
 episode ends when the pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).
 Solved is a mean return of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL
-(how far an update moves the policy, on average over its minibatches) around 0.01 and an entropy that falls from 0.69
-(= ln 2, undecided) without reaching 0.
+(how far the policy is from the one that acted, on average over an update's minibatches) around 0.01 and an entropy that
+falls from 0.69 (= ln 2, undecided) to 0.5 .. 0.6.
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -15,8 +15,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, each only until its probability has changed by a fifth that way; the critic learns to predict
-    better.
+    others less likely; a sample stops pushing once its action's probability has changed by a fifth that way.  The
+    critic learns to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -133,7 +133,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo it, for each network"""
+    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo any such factor"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -275,8 +275,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    A square orthogonal matrix scales every length by its gain (a wide one none by more), so neither signals nor
-    gradients explode or vanish when learning begins; sqrt(2) roughly makes up for tanh, which shrinks what is large.
+    A square orthogonal matrix scales every length by its gain (so does a tall one; a wide one none by more): neither
+    signals nor gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -303,7 +303,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """The value function V(s): how much discounted reward the policy will still collect from here."""
+    """The value function V(s): how much discounted reward the policy will still collect from here, on average."""
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -404,10 +404,10 @@ def gae(
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
     away most of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
-    all the noise.  GAE averages over every number n, n rewards and then gamma^n * V of the state they led to ([2],
-    eq. 14) with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors delta, in which the one
-    k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n goes no further than the end of the episode or
-    of the rollout, and the last n has all the weight that is left.)
+    all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
+    minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
+    (the difference for n = 1), in which the one k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n
+    goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
@@ -451,9 +451,11 @@ def ppo_loss(
 
     The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weights a sample by how much likelier its action has become since (the ratio; where it is 1, its gradient is just
-    grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
-    its advantage asks for.  So a rollout can be used for several epochs (passes).
+    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): at
+    first r is 1, and this the policy gradient; later r makes up for actions that have become likelier or rarer
+    (importance sampling).  And PPO ignores a sample once its ratio has moved by more than ``clip_coef`` in the
+    direction that its advantage asks for (the clipped surrogate).  So a rollout can be used for several epochs
+    (passes).
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
     int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
@@ -566,8 +568,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3), weights
-        # whose gradient is almost zero hardly move.  (The learning rate is set before every update, below.)
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3; torch's
+        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before every
+        # update, below.)
         optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
@@ -577,7 +580,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
-            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0  # of the training
+            # The share of the training that is left; without annealing it stays 1.
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
 
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
@@ -593,7 +597,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows no more than the mean, near 1 for one that
+            # predicts all targets (they are noisy: even the true V does not reach 1).
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.

@@ -4,13 +4,13 @@
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
-game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at random returns about -20.  Every step holds
-one of six actions for four frames, and in each of them, with probability 0.25, the console still does what it was told
-before (sticky actions [6]), so that no sequence of moves can be learned by heart.  The picture is not looked at: an
-observation is the console's memory, 128 bytes whose meaning is not told.  Watch the sampled return climb from -20, with
-an approximate KL (how far an update moves the policy, on average over its minibatches) around 0.007 at first, and the
-entropy fall from 1.79 (= ln 6, undecided) to 0.5 .. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two
-actions for it).
+game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at random returns about -20.  Every step asks
+for one of six actions in four frames, and in each of them, with probability 0.25, the console repeats what it did in
+the frame before, so that an action may begin late (sticky actions [6]), and no sequence of moves can be learned by
+heart.  The picture is not looked at: an observation is the console's memory, 128 bytes whose meaning is not told.
+Watch the sampled return climb from -20, with an approximate KL (how far the policy is from the one that acted, on
+average over an update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.5
+.. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -18,8 +18,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely, each only until its probability has changed by a fifth that way; the critic learns to predict
-    better.
+    others less likely; a sample stops pushing once its action's probability has changed by a fifth that way.  The
+    critic learns to predict better.
 (Here credit ends with a point, and at first a lost one counts less: train() says why.)
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
@@ -90,9 +90,9 @@ CONTRACT = Contract(
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-# What is shown to the networks: the memory of the last two steps, since one alone shows no motion, each followed by the
-# action that led to it, one-hot, since a sticky action may still be going on.  (An episode begins with its first memory
-# twice, and no action: zeros.)
+# What is shown to the networks: the memory of the last two steps, whose difference shows motion plainly (a speed may be
+# among the bytes of one, but with 255 for -1), each followed by the action that led to it, one-hot, since a sticky
+# action may still be going on.  (An episode begins with its first memory twice, and no action: zeros.)
 FRAMES = 2
 SOLVED_RETURN = 19.0  # 21 points to 2, on average
 MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
@@ -152,7 +152,7 @@ class Args:
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters: clipping, Adam and Muon all but undo it in each network"""
+    """weight of the critic's squared error; hardly matters: clipping, Adam and Muon all but undo any such factor"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -374,7 +374,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """The value function V(s): how much discounted reward the policy will still collect from here.
+    """The value function V(s): how much discounted reward the policy will still collect from here, on average.
 
     Where credit ends at a reward, that is up to the next one: in Pong, whether the rally will be won, and how soon (a
     lost one counting less at first).
@@ -480,10 +480,10 @@ def gae(
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
     away most of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
-    all the noise.  GAE averages over every number n, n rewards and then gamma^n * V of the state they led to ([2],
-    eq. 14) with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors delta, in which the one
-    k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n goes no further than the end of the episode or
-    of the rollout, and the last n has all the weight that is left.)
+    all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
+    minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
+    (the difference for n = 1), in which the one k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n
+    goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
@@ -527,9 +527,11 @@ def ppo_loss(
 
     The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    weights a sample by how much likelier its action has become since (the ratio; where it is 1, its gradient is just
-    grad log pi(a|s)), and ignores a sample once its ratio has moved by more than ``clip_coef`` in the direction that
-    its advantage asks for.  So a rollout can be used for several epochs (passes).
+    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): at
+    first r is 1, and this the policy gradient; later r makes up for actions that have become likelier or rarer
+    (importance sampling).  And PPO ignores a sample once its ratio has moved by more than ``clip_coef`` in the
+    direction that its advantage asks for (the clipped surrogate).  So a rollout can be used for several epochs
+    (passes).
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
     int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
@@ -645,10 +647,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
-        # common; Muon's is a matrix whose singular values are all about equal, so that what few samples ask for is
-        # learned, too (it stands below, in Housekeeping).  Everything else is left to Adam.
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3), weights
-        # whose gradient is almost zero hardly move.  (The learning rates are set before every update, below.)
+        # common; Muon's is a matrix whose singular values are made more nearly equal, so that what few samples ask for
+        # counts, too (it stands below, in Housekeeping).  Everything else is left to Adam.
+        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3; torch's
+        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before every
+        # update, below.)
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -662,7 +665,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
-            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0  # of the training
+            # The share of the training that is left; without annealing it stays 1.
+            remaining = 1 - run.update / args.updates if args.anneal_lr else 1.0
 
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
@@ -686,7 +690,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 1 for a perfect critic, 0 for one that knows no more than the mean.
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows no more than the mean, near 1 for one that
+            # predicts all targets (they are noisy: even the true V does not reach 1).
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -771,7 +776,7 @@ Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
 
 
 class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[misc]
-    """Muon [8]: a step is the momentum, a matrix, with all of its singular values made about equal.
+    """Muon [8]: a step is the momentum, a matrix, with its singular values made about equal, but for tiny ones.
 
     torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
     as long.
@@ -787,14 +792,15 @@ class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[mis
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
-                # Its entries have a root mean square near 1 / sqrt(longer side): so a step is about 0.2 of the rate,
-                # as Adam's are (match_rms_adamw in torch.optim.Muon); about 0.3 in those columns of the first layer
-                # that have a gradient (most have none: their inputs never change).
+                # Were all singular values 1, its entries would have a root mean square of 1 / sqrt(longer side), and a
+                # step's 0.2 of the rate, about as Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay below:
+                # here it is 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in the columns that have a gradient;
+                # three in four have none, since their inputs never change).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T for U S V^T: singular values become 0.7 to 1.2, tiny ones less (five Newton-Schulz iterations)."""
+    """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
     x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
         square = x @ x.T
