@@ -1313,8 +1313,8 @@ def json_object(text: str) -> Any:
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a person's Ctrl-C ends it without a traceback
     parser = argparse.ArgumentParser(description="Serve Gymnasium environments over stdin and stdout (JSON lines).")
-    parser.add_argument("--env-id", required=True)
-    parser.add_argument("--num-envs", type=int, default=1)
+    parser.add_argument("--env-id", required=True, help="Gymnasium's id, or my_module:MyEnv-v0")
+    parser.add_argument("--num-envs", type=int, default=1, help="how many of them to step together")
     parser.add_argument("--make-kwargs", type=json_object, default={}, help="for gymnasium.make: JSON (%% as %%25)")
     parser.add_argument("--awake", type=float, default=0.0, help="seconds to wait for a request without sleeping")
     parser.add_argument("--lifeline", type=int, default=-1, help="a pipe; this process group dies when it is closed")

@@ -712,8 +712,9 @@ class Run:
         self.start_clock()
         resumed = f", after update {self.update}" if args.resume else ""
         what = f"starting {args.num_envs} environments"
-        if self.final_returns is not None and (self.solved or self.update == args.updates):
-            what = "nothing left to do (there would be with a larger --updates, a higher --solved-return)"
+        wanted = ["a larger --updates"] * (self.update == args.updates) + ["a higher --solved-return"] * self.solved
+        if self.final_returns is not None and wanted:
+            what = f"nothing left to do (there would be with {' and '.join(wanted)})"
         elif self.solved_return == math.inf:
             what += f" (without --solved-return it ends after update {args.updates})"
         print(f"{self.title}{resumed}: {what}", flush=True)
@@ -960,9 +961,9 @@ class Run:
             f"KL {latest['approx_kl']:.3f}",
             f"entropy {latest['entropy']:.2f}",
         ]
-        for expendable in (8, 7, 6, 3, 2):  # from entropy to speed: a line that wraps cannot be rewritten in place
+        for expendable in [parts[k] for k in (2, 1, 6, 8, 7, 3)]:  # a line that wraps cannot be rewritten in place
             if sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
-                del parts[expendable]
+                parts.remove(expendable)
         self.show("  ".join(parts).replace("nan", "-"))
 
     def show(self, line: str) -> None:
@@ -1124,8 +1125,9 @@ def learning_curve(run: Run) -> str:
         parts.append(f'<text x="{left + 8}" y="{pixel + 16:.1f}">solved: {run.solved_return:g}</text>')
     for row, (name, label) in enumerate(curves.items()):
         data = [(x, y) for x, y in zip(steps, run.history[name], strict=True) if math.isfinite(y)]
+        data = data[:1] + data  # a line of no length, with round ends: a single point is a dot
         points = " ".join(f"{left + x * x_scale:.1f},{bottom - (y - low) * y_scale:.1f}" for x, y in data)
-        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" fill="none"'
+        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" stroke-linecap="round" fill="none"'
         parts.append(f'<polyline points="{points}" {style}/>')
         key = 28 + 18 * row  # beside the title, where no curve is
         parts.append(f'<path d="M{left + width - 176} {key - 4}h24" {style}/>')
@@ -1147,9 +1149,9 @@ def learning_curve(run: Run) -> str:
 
 
 def tick_distance(span: float) -> float:
-    """1, 2 or 5 times a power of ten, such that an axis of this length has three to eight intervals."""
+    """1, 2 or 5 times a power of ten, such that an axis of this length has three to nine intervals."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 3))
-    return next(factor * power for factor in (1, 2, 5) if span / (factor * power) <= 8)
+    return next(factor * power for factor in (1, 2, 5) if span / (factor * power) <= 9)
 
 
 def watch(args: Args) -> None:

@@ -3242,7 +3242,7 @@ def test_the_progress_line_counts_all_environments(capsys):
     assert notes(run.train_log(0.0))["steps_per_second"] in ("99", "100")
 
 
-@pytest.mark.parametrize("columns", [30, 60])
+@pytest.mark.parametrize("columns", [30, 60, 80])
 def test_a_terminal_shows_one_line_that_is_rewritten_and_never_wraps(columns):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -3262,8 +3262,9 @@ def test_a_terminal_shows_one_line_that_is_rewritten_and_never_wraps(columns):
     assert {line[:10] for line in rewritten} >= {f"update {k}/4" for k in (0, 1, 2, 3, 4)}
     for line in (*rewritten, last):
         assert len(line) < columns
+        assert columns < 80 or re.search(r"left  sampled .*KL .*entropy|playing", line)
         assert re.match(r"update \d/4  |playing 100", line), line
-    assert last.startswith("update 4/4  1,024 steps" if columns == 60 else "update 4/4  ")
+    assert last.startswith("update 4/4  0:00 left" if columns == 60 else "update 4/4  ")
 
 
 def test_a_terminal_that_knows_no_sparkline():
@@ -3325,7 +3326,9 @@ def test_the_curve_is_drawn_to_the_scale_of_its_axes():
     assert re.findall(r'<polyline points="[^"]*" stroke="(#\w+)"', picture) == [colour for colour, _ in key]
     ticks = dict(re.findall(r'y="([\d.]+)" text-anchor="end">(\d+)<', picture))
     assert (ticks["354.0"], ticks["64.0"]) == ("0", "500")  # four pixels below their lines
-    assert re.findall(r'points="(.*?)"', picture) == ["70.0,350.0 690.0,60.0", "690.0,292.0"]
+    # The first point twice: where it is the only one, round ends make a dot of it.
+    assert re.findall(r'points="(.*?)"', picture) == ["70.0,350.0 70.0,350.0 690.0,60.0", "690.0,292.0 690.0,292.0"]
+    assert picture.count('stroke-linecap="round"') == 4  # two curves, and their key
     assert 'd="M70 118.0h620" stroke="#666"' in picture  # solved: 400
 
 
@@ -3888,8 +3891,14 @@ def test_a_flag_given_with_resume_counts(short_run, workplace):
     assert done.stderr.startswith("ppo_cartpole.py: cannot write /proc/nowhere/log.json")
     done = run_script("--resume", *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("PPO on CartPole-v1, seed 3, after update 5: nothing left to do (")
+    done_for = "PPO on CartPole-v1, seed 3, after update 5: nothing left to do (there would be with"
+    assert done.stdout.startswith(f"{done_for} a larger --updates)\n")
     assert "\nnot solved" in done.stdout
+    done = run_script("--resume", *flags, "--solved-return", "0")
+    assert done.stdout.startswith(f"{done_for} a larger --updates and a higher --solved-return)\n")
+    done = run_script("--resume", *flags, "--solved-return", "0", "--updates", "6")
+    assert done.stdout.startswith(f"{done_for} a higher --solved-return)\n")
+    assert "\nsolved" in done.stdout
 
 
 def test_the_checkpoint_is_data_only(short_run):
@@ -4508,11 +4517,13 @@ BEFORE = {  # what such a block takes for granted
 @pytest.mark.parametrize("block", BLOCKS, ids=[code.split("\n")[0] for code in BLOCKS])
 def test_python_in_the_readme_runs(workplace, block):
     """Of trainings, one update."""
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     begin = next((code for start, code in BEFORE.items() if block.startswith(start)), "")
     if "Lake-v0" in block:  # Lander-v0, beside it, is made of what is not installed for the tests
         (workplace / "my_envs.py").write_text(block)
         block = "import gym_bridge; assert gym_bridge.Contract.from_env('my_envs:Lake-v0').obs_shape == (16,)"
+    server = f"{sys.executable!r}, {str(HERE / 'gym_bridge.py')!r}"
+    block = block.replace('"/other/venv/bin/python", "gym_bridge.py"', server)
     program = f"{begin}\n{re.sub(r'updates=[0-9]+', 'updates=1', block)}"
     path = {"PYTHONPATH": str(HERE)}
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **path}, capture_output=True, text=True)

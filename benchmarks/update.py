@@ -8,6 +8,7 @@ the waiting of workers for each other, or for a core.
 """
 
 import argparse
+import contextlib
 import importlib
 import statistics
 import subprocess
@@ -59,7 +60,8 @@ def profile(name: str, updates: int) -> tuple[dict[str, float], str, float]:
     with tempfile.TemporaryDirectory() as folder:
         files = {"log": Path(folder) / "log.json", "checkpoint": Path(folder) / "checkpoint.pt"}
         args = script.Args(updates=updates, eval_every=updates, eval_max_steps=1, solved_return=1e8, **files)
-        script.train(args)
+        with contextlib.redirect_stdout(sys.stderr):  # lines of a training that is not evaluated
+            script.train(args)
     CheckedSession.step = step  # type: ignore[method-assign]
     median = {key: statistics.median(row[key] for row in rows[2:]) for key in rows[-1]}
     case = (script.ENV_ID, script.MAKE_KWARGS, script.CONTRACT, 1)
@@ -91,9 +93,12 @@ def seconds(code: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cartpole-updates", type=int, default=100)
-    parser.add_argument("--pong-updates", type=int, default=12)
+    for script, updates in ("cartpole", 100), ("pong", 12):
+        text = f"how many, at least 3: the first two are not counted (default: {updates})"
+        parser.add_argument(f"--{script}-updates", type=int, default=updates, help=text)
     args = parser.parse_args()
+    if min(args.cartpole_updates, args.pong_updates) < 3:
+        parser.error("--cartpole-updates and --pong-updates must be at least 3: the first two are not counted")
     for name, updates in ("ppo_cartpole", args.cartpole_updates), ("ppo_pong_ram", args.pong_updates):
         parts, title, speed = profile(name, updates)
         total = sum(parts.values())
