@@ -760,7 +760,7 @@ class NativeSession(CheckedSession):
         self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1, append_action: bool = False
     ) -> None:
         self._envs = list(envs)
-        if not self._envs or len({id(env) for env in self._envs}) < len(self._envs):
+        if not self._envs or len({id(getattr(env, "unwrapped", env)) for env in self._envs}) < len(self._envs):
             raise ValueError("need at least one environment, and each an object of its own (not [env] * 8)")
         super().__init__(len(self._envs), contract, frame_stack, append_action)
 
@@ -800,13 +800,21 @@ class NativeSession(CheckedSession):
                 self._ask(env, "close")
 
     def _ask(self, env: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Whatever an environment raises is its own failure, SystemExit and a panic of Rust too; Ctrl-C is not."""
+        """Whatever an environment raises is its own failure, SystemExit and a panic of Rust too."""
         try:
             return getattr(self._envs[env], method)(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if _is_of_a_signal(error):
+                raise
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
+
+
+def _is_of_a_signal(error: BaseException) -> bool:
+    """Whether a signal handler has raised it, while something else ran: Ctrl-C, or a SIGTERM that is to end it all."""
+    if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        return True  # (a server leaves SIGINT to the kernel)
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 # ------------------------------------------------------------------------------------------------------------- client
@@ -843,7 +851,7 @@ class _Server:
             )
         except (OSError, ValueError) as error:
             self.lifeline.close()
-            raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)}]") from None
+            raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)[:1000]}]") from None
         finally:
             os.close(lifeline)
         # Popen, when dropped, keeps the pipes of a child that lives; one without a lifeline lives until its stdin ends.
@@ -900,6 +908,8 @@ class _Server:
             if not _poll(self.readable, deadline, self.awake):
                 raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
             chunk = os.read(self.stdout, 1 << 16)
+            if not data:  # after a Ctrl-Z and fg, the rest of a reply longer than the pipe is a matter of moments
+                deadline = max(deadline, time.monotonic() + 0.25)
             data += chunk
             if not chunk:
                 so_far = f" in the middle of a reply: {_show(bytes(data))}" if data else ""
@@ -952,8 +962,9 @@ def _end(servers: list[_Server], grace: float) -> None:
     """
     try:
         for server in servers:
-            with contextlib.suppress(OSError):  # it has exited already, or it reads no more
-                os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+            with contextlib.suppress(OSError):  # it is exiting, or it reads no more
+                if server.process.poll() is None:  # else a trainer that heeds SIGPIPE would be gone without a word
+                    os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
             server.process.stdin.close()  # type: ignore[union-attr]
         _wait_for_exits(servers, grace)
         for server in servers:
@@ -1329,6 +1340,8 @@ def _main() -> None:
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
+    # Nor can what an environment forks (multiprocessing does): it would answer, too, and hold the wire after a crash.
+    os.register_at_fork(after_in_child=lambda: [os.dup2(0, wire, inheritable=False) for wire in (wire_in, wire_out)])
     # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else leading a session of its own?
     if args.lifeline >= 0 or os.getsid(0) == os.getpid():
         # A trainer that hangs up has been answered, or will not listen; who has piped requests in wants them answered.

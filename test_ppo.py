@@ -454,6 +454,11 @@ def test_an_environment_twice_is_refused():
     module = importlib.import_module("odd_envs")
     with pytest.raises(ValueError, match="each an object of its own"):
         NativeSession([module.Counting()] * 2, Contract((2,), 3))
+    from gymnasium import make, wrappers
+
+    pole = make("CartPole-v1")
+    with pytest.raises(ValueError, match="each an object of its own"):
+        NativeSession([wrappers.TransformReward(pole, float) for _ in range(2)], CARTPOLE)
 
 
 def test_errors_can_leave_the_process_of_a_pool():
@@ -1663,6 +1668,89 @@ def test_a_signal_handler_that_closes_the_session_while_it_steps():
     finally:
         signal.signal(signal.SIGALRM, before)
     assert_gone(session._servers[0].process.pid)
+
+
+@pytest.mark.parametrize("method", ["step", "close"])
+def test_a_sigterm_that_ends_the_trainer_is_not_a_native_environments_failure(method):
+    class Struck:
+        def close(self):
+            signal.raise_signal(signal.SIGTERM)
+
+        def step(self, action):
+            self.close()
+
+        def reset(self, seed=None):
+            return np.zeros(2, np.float32), {}
+
+    session = NativeSession([Struck()], Contract((2,), 2))
+    session.reset(0)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            session.step([0]) if method == "step" else session.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_that_an_environment_raises_in_a_server_is_its_failure():
+    session = odd_session("1 worker", "raise KeyboardInterrupt", "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match="step 2, environment 1: the environment raised KeyboardInterrupt"):
+        session.step([0, 0, 0])
+
+
+def test_what_an_environment_forks_does_not_answer_and_does_not_hide_a_crash():
+    started = time.monotonic()
+    session = odd_session("1 worker", "os.fork() or __import__('time').sleep(9); os.kill(os.getpid(), 9)", "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match=r"(?s)step 2: the server hung up.*SIGKILL"):
+        session.step([0, 0, 0])
+    assert time.monotonic() - started < 9
+    with odd_session("1 worker", "os.fork()", "step") as session:  # and the child goes on as if it were the server
+        session.reset(0)
+        for _ in range(20):
+            session.step([0, 0, 0])
+
+
+def test_a_trainer_that_was_stopped_for_longer_than_the_timeout_gets_a_reply_longer_than_the_pipe(workplace):
+    (workplace / "large.py").write_text(
+        "import time, gymnasium, numpy as np\n"
+        "class Large(gymnasium.Env):\n"
+        "    observation_space = gymnasium.spaces.Box(0, 255, (400, 400), np.uint8)\n"
+        "    action_space = gymnasium.spaces.Discrete(2)\n"
+        "    def reset(self, seed=None, options=None): return np.zeros((400, 400), np.uint8), {}\n"
+        "    def step(self, action): time.sleep(0.3); return *self.reset()[:1], 0.0, False, False, {}\n"
+        "gymnasium.register('Large-v0', Large)\n"
+    )
+    program = (
+        "from gym_bridge import *\n"
+        "session = GymnasiumSession('large:Large-v0', Contract((400, 400), 2, 'uint8'))\n"
+        "session.reset(1); session._timeout = 2; print('begins', flush=True)\n"
+        "print(session.step([0]).observation.shape)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{workplace}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=60) == ("(1, 400, 400)\n", "")
+
+
+def test_a_crashed_server_does_not_kill_a_trainer_that_heeds_sigpipe():
+    program = (
+        "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL); from gym_bridge import *\n"
+        "session = GymnasiumSession('odd_envs:Odd-v0', Contract((2,), 2), make_kwargs={'case': 'os._exit(7)'})\n"
+        "session.reset(1)\n"
+        "while True: session.step([0])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "exit code 7" in done.stderr) == (1, True), done.stderr
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
