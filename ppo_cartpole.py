@@ -119,7 +119,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam; eight times the 2.5e-4 that is usual for Atari: networks this small can take it"""
     anneal_lr: bool = False
-    """let the learning rate fall linearly to zero over --updates ([3], detail 4), the entropy bonus faster (cubed)"""
+    """let the learning rate fall linearly to zero over --updates ([3], detail 4)"""
     gamma: float = 0.99
     """discount: a reward k steps ahead counts gamma^k, here 0.37 after 100 steps, 0.01 after 460"""
     gae_lambda: float = 0.95
@@ -203,68 +203,13 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     )
 
 
-class BadInput(Exception):
-    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
-
-
-def check_args(args: Args) -> None:
-    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
-
-    Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
-    """
-    batch = args.num_envs * args.num_steps
-    if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
-        wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
-        raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
-    files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
-    try:
-        places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
-    except OSError as error:
-        raise BadInput(f"cannot find the current directory: {error}") from None
-    if len(places) < 4:
-        raise BadInput("--log, its picture (same name with .svg), --checkpoint and its .old must be different files")
-    for path in files:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part_of(path).touch()
-            part_of(path).unlink()
-            if path.exists() and not path.is_file():
-                raise OSError("it is no file")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"cannot write {path}: {error}") from None
-
-
-def part_of(path: Path) -> Path:
-    """Where this process writes a file before it is renamed into its place."""
-    return Path(f"{path}.{os.getpid()}.part")
-
-
-def stop(message: object, code: int) -> NoReturn:
-    """End the program with one message to the person who started it."""
-    with contextlib.suppress(OSError):  # the reader may be gone
-        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    try:
-        print(end="", flush=True)
-    except OSError:  # Python would try once more at the end, and leave with code 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(code)
-
-
-# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is being imported.
 STARTED = time.perf_counter()
-EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))  # even if a shell, after &, has it ignored
+if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes a second, is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
     try:
-        early_args = tyro.cli(Args)
-        if not (early_args.watch or early_args.resume):
-            check_args(early_args)
-            EARLY.append(open_session(early_args, early_args.num_envs))
-            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
-    except (BadInput, SessionFailure) as error:
-        stop(error, 2)
-    except OSError as error:  # --help | head, and nobody reads the rest
-        stop(error, 1)
+        tyro.cli(Args)
+    except OSError:  # --help | head, and nobody reads the rest
+        os._exit(1)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -602,7 +547,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
-            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr: explore, then settle
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
@@ -619,7 +563,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        entropy_bonus,
+                        args.ent_coef,
                     )
                     optimizer.zero_grad()
                     loss.backward()
@@ -636,8 +580,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
             run.evaluate_if_due()
-        if run.final_returns is None:  # the updates are used up
-            run.evaluate_finally()
         run.finish()
     return run
 
@@ -741,9 +683,9 @@ class Run:
 
     @property
     def awaits_verdict(self) -> bool:
-        """Has the evaluation after this update reached the goal?  (Then ``evaluate_finally`` is due.)"""
-        reached = self.evaluated and self.greedy_return >= self.solved_return
-        return self.update > 0 and self.final_returns is None and reached
+        """Has the evaluation after this update reached the goal, or was it the last?  (Then fresh episodes are due.)"""
+        over = self.greedy_return >= self.solved_return or self.update == self.args.updates
+        return self.update > 0 and self.evaluated and self.final_returns is None and over
 
     @property
     def transitions_checked(self) -> int:
@@ -857,7 +799,7 @@ class Run:
         self.print_line()
 
     def evaluate_if_due(self) -> None:
-        """Every ``eval_every`` updates; after --resume, also what an interruption has left out."""
+        """Every ``eval_every`` updates, and at the end; after --resume, also what an interruption has left out."""
         if self.awaits_evaluation:
             self.log_evaluation(self.evaluate("evaluation", self.args.eval_episodes))
         if self.awaits_verdict:
@@ -988,6 +930,42 @@ class Run:
             f"checked; see {self.files}",
             flush=True,
         )
+
+
+class BadInput(Exception):
+    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
+
+
+def check_args(args: Args) -> None:
+    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
+
+    Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
+    """
+    batch = args.num_envs * args.num_steps
+    if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
+        wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
+        raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
+    files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
+    try:
+        places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
+    except OSError as error:
+        raise BadInput(f"cannot find the current directory: {error}") from None
+    if len(places) < 4:
+        raise BadInput("--log, its picture (same name with .svg), --checkpoint and its .old must be different files")
+    for path in files:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part_of(path).touch()
+            part_of(path).unlink()
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot write {path}: {error}") from None
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file before it is renamed into its place."""
+    return Path(f"{path}.{os.getpid()}.part")
 
 
 def check_form(name: str, stored: Any, example: Any) -> None:
@@ -1172,6 +1150,17 @@ def watch(args: Args) -> None:
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
 
 
+def stop(message: object, code: int) -> NoReturn:
+    """End the program with one message to the person who started it."""
+    with contextlib.suppress(OSError):  # the reader may be gone
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try once more at the end, and leave with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
 def main() -> None:
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
@@ -1188,7 +1177,7 @@ def main() -> None:
         if args.watch:
             watch(args)
         else:
-            train(args, *EARLY)
+            train(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop("interrupted", 130)

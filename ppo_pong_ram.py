@@ -226,68 +226,13 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     )
 
 
-class BadInput(Exception):
-    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
-
-
-def check_args(args: Args) -> None:
-    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
-
-    Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
-    """
-    batch = args.num_envs * args.num_steps
-    if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
-        wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
-        raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
-    files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
-    try:
-        places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
-    except OSError as error:
-        raise BadInput(f"cannot find the current directory: {error}") from None
-    if len(places) < 4:
-        raise BadInput("--log, its picture (same name with .svg), --checkpoint and its .old must be different files")
-    for path in files:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part_of(path).touch()
-            part_of(path).unlink()
-            if path.exists() and not path.is_file():
-                raise OSError("it is no file")
-        except (OSError, ValueError) as error:
-            raise BadInput(f"cannot write {path}: {error}") from None
-
-
-def part_of(path: Path) -> Path:
-    """Where this process writes a file before it is renamed into its place."""
-    return Path(f"{path}.{os.getpid()}.part")
-
-
-def stop(message: object, code: int) -> NoReturn:
-    """End the program with one message to the person who started it."""
-    with contextlib.suppress(OSError):  # the reader may be gone
-        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    try:
-        print(end="", flush=True)
-    except OSError:  # Python would try once more at the end, and leave with code 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(code)
-
-
-# As a script: refuse bad flags at once, and let the servers start while torch, which takes longer, is being imported.
 STARTED = time.perf_counter()
-EARLY: list[CheckedSession] = []  # for training and for evaluation, when main() comes to it
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: stop("interrupted", 130))  # even if a shell, after &, has it ignored
+if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes a second, is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
     try:
-        early_args = tyro.cli(Args)
-        if not (early_args.watch or early_args.resume):
-            check_args(early_args)
-            EARLY.append(open_session(early_args, early_args.num_envs))
-            EARLY.append(EARLY[0].twin(early_args.eval_episodes))
-    except (BadInput, SessionFailure) as error:
-        stop(error, 2)
-    except OSError as error:  # --help | head, and nobody reads the rest
-        stop(error, 1)
+        tyro.cli(Args)
+    except OSError:  # --help | head, and nobody reads the rest
+        os._exit(1)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -585,6 +530,42 @@ def ppo_loss(
     return loss, info
 
 
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon [8]: a step is the momentum, a matrix, with its singular values made about equal, but for tiny ones.
+
+    torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
+    as long.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
+                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
+                # Were all singular values 1, its entries would have a root mean square of 1 / sqrt(longer side), and a
+                # step's 0.2 of the rate, about as Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay below:
+                # here it is 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in the columns that have a gradient;
+                # three in four have none, since their inputs never change).
+                matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
+    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
+    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -648,10 +629,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
         # common; Muon's is a matrix whose singular values are made more nearly equal, so that what few samples ask for
-        # counts, too (it stands below, in Housekeeping).  Everything else is left to Adam.
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3; torch's
-        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before every
-        # update, below.)
+        # counts, too.  Everything else is left to Adam.
+        # Adam is torch.optim's; both are made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3;
+        # torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before
+        # every update, below.)
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -695,7 +676,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
-            entropy_bonus = args.ent_coef * remaining**3  # with --anneal-lr: explore, then settle
+            # Differs from the paper: the entropy bonus falls, too, with the cube of what remains: explore, then settle.
+            ent_coef = args.ent_coef * remaining**3
             for optimizer, factor in (muon, 2), (adam, 1):
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
@@ -714,7 +696,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                         targets[minibatch],
                         args.clip_coef,
                         args.vf_coef,
-                        entropy_bonus,
+                        ent_coef,
                     )
                     muon.zero_grad()
                     adam.zero_grad()
@@ -738,8 +720,6 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # (training goes on if they do not confirm it), and after the last update.
             run.complete_update(rollout, explained_variance, infos)
             run.evaluate_if_due()
-        if run.final_returns is None:  # the updates are used up
-            run.evaluate_finally()
         run.finish()
     return run
 
@@ -773,39 +753,7 @@ def plain(optimizer: Any, *moments: str) -> Any:
 
 
 Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
-
-
-class Muon(plain(torch.optim.Optimizer, "momentum_buffer")):  # type: ignore[misc]
-    """Muon [8]: a step is the momentum, a matrix, with its singular values made about equal, but for tiny ones.
-
-    torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
-    as long.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
-        super().__init__(groups, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
-                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
-                # Were all singular values 1, its entries would have a root mean square of 1 / sqrt(longer side), and a
-                # step's 0.2 of the rate, about as Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay below:
-                # here it is 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in the columns that have a gradient;
-                # three in four have none, since their inputs never change).
-                matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
-    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
-    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x
+Muon = plain(Muon, "momentum_buffer")  # type: ignore[misc]
 
 
 class Run:
@@ -876,9 +824,9 @@ class Run:
 
     @property
     def awaits_verdict(self) -> bool:
-        """Has the evaluation after this update reached the goal?  (Then ``evaluate_finally`` is due.)"""
-        reached = self.evaluated and self.greedy_return >= self.solved_return
-        return self.update > 0 and self.final_returns is None and reached
+        """Has the evaluation after this update reached the goal, or was it the last?  (Then fresh episodes are due.)"""
+        over = self.greedy_return >= self.solved_return or self.update == self.args.updates
+        return self.update > 0 and self.evaluated and self.final_returns is None and over
 
     @property
     def transitions_checked(self) -> int:
@@ -992,7 +940,7 @@ class Run:
         self.print_line()
 
     def evaluate_if_due(self) -> None:
-        """Every ``eval_every`` updates; after --resume, also what an interruption has left out."""
+        """Every ``eval_every`` updates, and at the end; after --resume, also what an interruption has left out."""
         if self.awaits_evaluation:
             self.log_evaluation(self.evaluate("evaluation", self.args.eval_episodes))
         if self.awaits_verdict:
@@ -1123,6 +1071,42 @@ class Run:
             f"checked; see {self.files}",
             flush=True,
         )
+
+
+class BadInput(Exception):
+    """Something that the person asked for and that cannot be: said in one line, exit code 2."""
+
+
+def check_args(args: Args) -> None:
+    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
+
+    Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
+    """
+    batch = args.num_envs * args.num_steps
+    if batch % args.num_minibatches or batch < 2 * args.num_minibatches:
+        wanted = f"divide --num-envs * --num-steps ({batch}) into parts of at least 2"
+        raise BadInput(f"--num-minibatches must {wanted}, not {args.num_minibatches}")
+    files = [args.log, args.log.with_suffix(".svg"), args.checkpoint, Path(f"{args.checkpoint}.old")]
+    try:
+        places = {os.path.join(os.path.realpath(path.parent), path.name) for path in files}
+    except OSError as error:
+        raise BadInput(f"cannot find the current directory: {error}") from None
+    if len(places) < 4:
+        raise BadInput("--log, its picture (same name with .svg), --checkpoint and its .old must be different files")
+    for path in files:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part_of(path).touch()
+            part_of(path).unlink()
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"cannot write {path}: {error}") from None
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file before it is renamed into its place."""
+    return Path(f"{path}.{os.getpid()}.part")
 
 
 def check_form(name: str, stored: Any, example: Any) -> None:
@@ -1307,6 +1291,17 @@ def watch(args: Args) -> None:
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
 
 
+def stop(message: object, code: int) -> NoReturn:
+    """End the program with one message to the person who started it."""
+    with contextlib.suppress(OSError):  # the reader may be gone
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try once more at the end, and leave with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
 def main() -> None:
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
@@ -1323,7 +1318,7 @@ def main() -> None:
         if args.watch:
             watch(args)
         else:
-            train(args, *EARLY)
+            train(args)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop("interrupted", 130)

@@ -2405,7 +2405,6 @@ print(list(inputs(seen).shape), bool((weights != torch.eye(2)).all()))
 @pytest.mark.parametrize(("things", "needs", "use", "output"), PASTE_ROWS, ids=["gae", "rollout", "muon"])
 def test_what_is_pasted_runs(things, needs, use, output):
     program = "\n\n".join([needs.strip(), *map(inspect.getsource, things), use])
-    program = program.replace('plain(torch.optim.Optimizer, "momentum_buffer")', "torch.optim.Optimizer")
     path = {"PYTHONPATH": f"{HERE}:."}
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **path}, capture_output=True, text=True)
     assert done.stdout == output, done.stderr
@@ -2849,14 +2848,15 @@ def test_the_sampled_return_of_episodes_longer_than_a_rollout():
 
 @pytest.mark.parametrize("script", [ppo, pong])
 @pytest.mark.parametrize("anneal", [True, False])
-def test_annealing_lets_the_learning_rate_fall_and_the_entropy_bonus_faster(script, anneal, monkeypatch):
+def test_annealing_lets_the_learning_rate_fall_and_pongs_entropy_bonus_faster(script, anneal, monkeypatch):
     rates = recorded(script.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     bonuses = recorded(script, "ppo_loss", monkeypatch, lambda args, _: args[-1])
     torch.set_num_threads(2)
     flags = {"updates": 4, "anneal_lr": anneal, "learning_rate": 0.008, "ent_coef": 0.512, "update_epochs": 1}
     script.train(small_args(script, **flags), small_session(script))
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002] if anneal else [0.008] * 4)
-    assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if anneal else [0.512] * 4)  # with the cube
+    cubes = script is pong and anneal
+    assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if cubes else [0.512] * 4)
     assert torch.get_num_threads() == 1  # set by train
 
 
@@ -4320,9 +4320,10 @@ def test_a_run_whose_environment_falls_ill(name, sickness, message):
 import sys; sys.path.insert(0, {str(HERE)!r})
 import ppo_cartpole as ppo
 if __name__ == "__main__":  # main() with a deadline of its own
-    contract = ppo.Contract.from_env("sick:Sick-v0")
-    ppo.EARLY.append(ppo.GymnasiumSession("sick:Sick-v0", contract, 8))
-    ppo.EARLY[0]._timeout = 5  # now that it has started
+    train, contract = ppo.train, ppo.Contract.from_env("sick:Sick-v0")
+    session = ppo.GymnasiumSession("sick:Sick-v0", contract, 8)
+    session._timeout = 5  # now that it has started
+    ppo.train = lambda args: train(args, session)
     ppo.main()
 """)
     flags = ["--env-id", "sick:Sick-v0", "--eval-every", "4", "--eval-episodes", "2", "--eval-max-steps", "20"]
@@ -4548,11 +4549,11 @@ def test_help_whose_reader_has_left(script, unbuffered):
             stdout=writer,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "COLUMNS": "120"},  # more than 8 KiB, a buffer's size
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "COLUMNS": "40"},  # more than 8 KiB, a buffer's size
         )
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (1, f"{script}: [Errno 32] Broken pipe\n")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 # ----------------------------------------------------------------------------------------------------------- the README
