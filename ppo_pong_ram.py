@@ -672,7 +672,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
             # 1 - Var[target - V] / Var[target]: 0 for a critic that knows no more than the mean, near 1 for one that
-            # predicts all targets (they are noisy: even the true V does not reach 1).
+            # predicts all targets (where they are noisy, even the true V stays below 1).
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -1244,9 +1244,8 @@ def learning_curve(run: Run) -> str:
         parts.append(f'<text x="{left + 8}" y="{pixel + 16:.1f}">solved: {run.solved_return:g}</text>')
     for row, (name, label) in enumerate(curves.items()):
         data = [(x, y) for x, y in zip(steps, run.history[name], strict=True) if math.isfinite(y)]
-        data = data[:1] + data  # a line of no length, with round ends: a single point is a dot
         points = " ".join(f"{left + x * x_scale:.1f},{bottom - (y - low) * y_scale:.1f}" for x, y in data)
-        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" stroke-linecap="round" fill="none"'
+        style = f'stroke="{SERIES[name]}" stroke-width="2.5" stroke-linejoin="round" fill="none"'
         parts.append(f'<polyline points="{points}" {style}/>')
         key = 28 + 18 * row  # beside the title, where no curve is
         parts.append(f'<path d="M{left + width - 176} {key - 4}h24" {style}/>')
@@ -1268,9 +1267,9 @@ def learning_curve(run: Run) -> str:
 
 
 def tick_distance(span: float) -> float:
-    """1, 2 or 5 times a power of ten, such that an axis of this length has three to nine intervals."""
+    """1, 2 or 5 times a power of ten, such that an axis of this length has three to eight intervals."""
     power = 10.0 ** math.floor(math.log10(max(span, 1e-9) / 3))
-    return next(factor * power for factor in (1, 2, 5) if span / (factor * power) <= 9)
+    return next(factor * power for factor in (1, 2, 5) if span / (factor * power) <= 8)
 
 
 def watch(args: Args) -> None:
