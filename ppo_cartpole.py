@@ -203,7 +203,7 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
     )
 
 
-STARTED = time.perf_counter()
+STARTED = time.perf_counter()  # the seconds of a run are counted from here
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes a second, is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
     try:
