@@ -825,8 +825,8 @@ class Run:
     @property
     def awaits_verdict(self) -> bool:
         """Has the evaluation after this update reached the goal, or was it the last?  (Then fresh episodes are due.)"""
-        over = self.greedy_return >= self.solved_return or self.update == self.args.updates
-        return self.update > 0 and self.evaluated and self.final_returns is None and over
+        reached = self.evaluated and self.greedy_return >= self.solved_return
+        return self.update > 0 and self.final_returns is None and (reached or self.update == self.args.updates)
 
     @property
     def transitions_checked(self) -> int:
@@ -1044,7 +1044,8 @@ class Run:
             f"KL {latest['approx_kl']:.3f}",
             f"entropy {latest['entropy']:.2f}",
         ]
-        for expendable in [parts[k] for k in (2, 1, 6, 8, 7, 3)]:  # a line that wraps cannot be rewritten in place
+        # A line that wraps cannot be rewritten in place: speed goes first, then steps, bars, entropy, KL, time left.
+        for expendable in [parts[k] for k in (2, 1, 6, 8, 7, 3)]:
             if sys.stdout.isatty() and len("  ".join(parts)) >= shutil.get_terminal_size().columns:
                 parts.remove(expendable)
         self.show("  ".join(parts).replace("nan", "-"))

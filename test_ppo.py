@@ -3625,6 +3625,25 @@ def test_a_goal_of_0_is_a_goal():
     assert ppo.train(args, cartpole_session(8)).solved
 
 
+def test_the_verdict_comes_at_the_end_whatever_the_last_evaluation_was():
+    class Priceless:
+        """Pays without end in the two evaluations, 1 in the fresh episodes."""
+
+        steps = 0
+
+        def reset(self, seed=None):
+            return np.zeros(4, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            return np.zeros(4, np.float32), math.inf if self.steps <= 2 else 1.0, True, False, {}
+
+    evaluations = NativeSession([Priceless()], Contract((4,), 2, check_reward_finite=False))
+    run = ppo.train(ppo.Args(updates=1, eval_episodes=1), cartpole_session(8), evaluations)
+    assert run.history["avg_return"] == [math.inf] * 2
+    assert run.final_returns.tolist() == [1.0] * ppo.FINAL_EPISODES
+
+
 def test_a_run_that_was_interrupted_shows_its_last_evaluation():
     args = ppo.Args(updates=1, eval_episodes=1, eval_max_steps=7)
     run = ppo.train(args)
