@@ -2460,19 +2460,21 @@ def test_ppo_loss_against_the_oracle(seed, size, clip, ent):
     assert loss.item() == pytest.approx(loss_oracle(*(array.tolist() for array in arrays), 0.2, 0.5, 0.0)[0], abs=1e-9)
 
 
-def test_the_first_gradient_step_is_the_policy_gradient():
-    """At a ratio of 1, with respect to a row's logits: -A * (1[a] - pi), in a mean over the rows."""
+@pytest.mark.parametrize("spread", [0.0, 0.19])
+def test_the_gradient_is_the_policy_gradient_times_the_ratio(spread):
+    """With respect to a row's logits: -A * r * (1[a] - pi), in a mean over the rows; r is 1 at first (spread 0)."""
     rng = np.random.default_rng(1)
+    ratios = rng.uniform(1 - spread, 1 + spread, 5)  # too near 1 to be clipped
     logits = torch.from_numpy(rng.normal(size=(5, 3))).requires_grad_()
     actions, advantages = torch.from_numpy(rng.integers(0, 3, 5)), torch.from_numpy(rng.normal(size=5))
-    old = logits.detach().log_softmax(-1)[torch.arange(5), actions]
+    old = logits.detach().log_softmax(-1)[torch.arange(5), actions] - torch.from_numpy(np.log(ratios))
     loss, info = ppo.ppo_loss(logits, torch.zeros(5), actions, old, advantages, torch.zeros(5))
     loss.backward()
     assert not any(value.requires_grad for value in info.values())  # for the log
     normalised = (advantages.numpy() - advantages.numpy().mean()) / (advantages.numpy().std(ddof=1) + 1e-8)
     powers = np.exp(logits.detach().numpy())
     grad_log_pi = np.eye(3)[actions.numpy()] - powers / powers.sum(1, keepdims=True)
-    np.testing.assert_allclose(logits.grad.numpy(), -normalised[:, None] * grad_log_pi / 5, atol=1e-12)
+    np.testing.assert_allclose(logits.grad.numpy(), -(normalised * ratios)[:, None] * grad_log_pi / 5, atol=1e-12)
 
 
 @pytest.mark.parametrize(
