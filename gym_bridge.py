@@ -24,27 +24,28 @@ conversation: ``python gym_bridge.py --env-id CartPole-v1 --num-envs 2``, then t
 Environment i is seeded ``seed + i``; the seed may be null.  ``obs_low`` and ``obs_high`` are nested as an observation
 is, with null for an open side; ``versions`` maps names to strings.  ``next_obs`` is where the actions led.  An
 environment whose episode has ended begins the next one at once: ``"reset_obs": {"1": [...]}`` is environment 1's first
-observation of it.  A request that fails is answered by ``"ok": false`` and ``"error"``; where a rule is broken also by
-``rule``, ``expected`` and ``got``, where one environment is at fault by ``env``, and where it raised by ``traceback``.
+observation of it.  A request that fails is answered with ``"ok": false`` and ``"error"``, and also with ``rule``,
+``expected`` and ``got`` if a rule is broken, ``env`` if one environment is at fault, ``traceback`` if it raised.
 
 A request may say ``"encoding": "base64"``: then ``obs`` and ``next_obs`` are one string each, base64 of all their bytes
-(little-endian, in C order), and so is each value of ``reset_obs``.  (Lists are understood, too.)  The server keeps the
-wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr, and its stdin is
-empty.
+(little-endian, in C order), and so is each value of ``reset_obs``.  (A reply may use lists all the same.)  The server
+keeps the wire on private duplicates of its stdin and stdout; whatever an environment prints goes to stderr, and its
+stdin is empty.
 
 Failure.  A reply is either exactly right, or it is an error: ``ContractViolation`` where the data broke a rule,
 ``BridgeError`` where anything else went wrong.  After an error the session is dead.  Nothing is retried, so no late
-reply can be taken for the answer to another request, and nothing of a bad batch comes out.
+reply can be taken for the answer to another request, and all of a bad batch is discarded.
 
 The end.  ``close()`` asks all servers to close, sends SIGTERM to those that have not, then SIGKILL to every process
 group, and waits a bounded time after each of the three.  For each server the trainer holds the writing end of a pipe,
-the lifeline, and the server the reading end; nothing is ever written to it.  However the trainer ends, the pipe closes,
-and Linux kills the server's process group; elsewhere the server sees that its stdin has closed, and exits.
+the lifeline, and the server the reading end; nothing is ever written to it.  Once the trainer and all that it has
+forked are gone, for whatever reason, the pipe is closed, and Linux kills the server's process group; elsewhere the
+server sees that its stdin has closed, and exits.
 
 As a server this file needs the standard library, numpy and gymnasium (and ale_py for ``ALE/...`` ids), so that the
 environment may live in another virtual environment, container or host.  Anything that holds the conversation may stand
-in its place: it is started with ``--env-id=ID --num-envs N`` (and ``--make-kwargs``, where there are some, ``--awake``
-and ``--lifeline``), flushes every reply, and puts no other keys into it.
+in its place.  It is started with ``--env-id=ID --num-envs N`` (also ``--awake``, ``--lifeline`` and, where there are
+some, ``--make-kwargs``), must flush every reply, and put no other keys into it.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ PROTOCOL = 1
 TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, and a hang is noticed within a minute
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 ERROR_GRACE = 0.3  # the same after an error: whoever waits for the message may have waited for a timeout already
-TERMINATE_GRACE = 0.2  # seconds between SIGTERM and SIGKILL: what ignores the first would not mind a longer wait
+TERMINATE_GRACE = 0.2  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore it for longer, too
 # Cores that this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-AWAKE = 2e-3  # seconds to keep polling a pipe: if it sleeps at once, 8 CartPoles mostly take a seventh longer
+AWAKE = 2e-3  # seconds to poll a pipe before sleeping: without, 8 CartPoles mostly take a seventh longer
 MAX_OBS_BYTES = 4 << 20  # a declared observation larger than this is a mistake (a 1024 x 1024 RGB image has 3 MiB)
-MAX_ACTIONS = 1 << 16  # one logit for each of them, and for each environment
+MAX_ACTIONS = 1 << 16  # one logit for each of them in each environment
 MAX_DESCRIBE_BYTES = 128 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 FINITE = float(np.finfo(np.float32).max)  # networks compute in float32: whatever is larger is infinite to them
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
@@ -118,7 +119,7 @@ RULES = {
     "reward_range": "a reward lies in the contract's range, both ends included",
     "done_type": "terminated and truncated are booleans",
     "done_exclusive": "an episode is terminated or truncated, not both (with require_exclusive_done_flags)",
-    "reset_obs": "an environment brings a first observation of its next episode exactly when one has ended",
+    "reset_obs": "exactly the environments whose episode has ended bring the first observation of the next one",
     "action_count": "one action for each environment",
     "action_type": "an action is an integer, not a float or a boolean",
     "action_range": "an action lies in 0 .. n_actions - 1",
@@ -131,9 +132,9 @@ RULES = {
 class SessionFailure(RuntimeError):
     """What both errors have in common: where it happened.  ``str()`` tells all of it.
 
-    Attributes: ``stage`` ("start", "reset", "step"), ``step`` (number of the batched step, counted since the session
-    was opened), ``env`` (index of the environment), ``server`` (pid, exit code or signal, last lines of its stderr);
-    each None (or empty) where there is none.
+    Attributes: ``stage`` ("start", "reset", "step"; after "evaluation, " in the scripts), ``step`` (number of the
+    batched step, counted since the session was opened), ``env`` (index of the environment), ``server`` (pid, exit code
+    or signal, last lines of its stderr); each None (or empty) where there is none.
     """
 
     def __init__(self, what: str, env: int | None = None) -> None:
@@ -160,7 +161,7 @@ class ContractViolation(SessionFailure):
 class BridgeError(SessionFailure):
     """Anything else has gone wrong.
 
-    A server did not start, answer, answer in time or make sense, an environment cannot be made or raised, or the
+    A server did not start, answer, answer in time or make sense, an environment raised or cannot be made, or the
     session was misused (``step`` before ``reset``, a bad seed, anything after an error).
     """
 
@@ -196,7 +197,7 @@ class Contract:
     obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included; NaN
         lies in no range.  (Held in float64: integers beyond 2**53 are rounded.)
-    reward_range: (low, high), likewise.  (Held in float64, where np.float32(0.1) is above 0.1.)
+    reward_range: (low, high), likewise.  (Held in float64: np.float32(0.1) lies above 0.1, and outside (0, 0.1).)
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
         infinity is always refused: it may be a number that was too large.  A server always refuses such rewards.)
     require_exclusive_done_flags: refuse a step that is both terminated and truncated (Gymnasium allows both).
@@ -288,7 +289,7 @@ class Contract:
         """The contract that an environment declares with its spaces, asked of a server started for the purpose.
 
         Raises BridgeError if the server fails, or for spaces of another kind than a Box of numbers and a Discrete that
-        starts at 0; ContractViolation for what no such space can be.
+        starts at 0; ContractViolation if one of these is impossible.
         """
         anything = cls((1,), 1)  # plays no part: this session ends before its first reset
         session = GymnasiumSession(env_id, anything, 1, 1, make_kwargs, timeout, server_command, wait=False)
@@ -472,7 +473,7 @@ class CheckedSession(ABC):
     append_action: each observation (a vector) is followed by the action that led to it, one-hot; zeros after a reset.
     frame_stack: F > 1 shows the last F of them, newest last; an episode begins with its first one F times.
 
-    Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's but for these two),
+    Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's, changed by these two),
     ``transitions_checked``, ``versions`` (what the environments run on).
     ``reset`` and ``step`` raise ContractViolation or BridgeError; after that the session is dead.  It belongs to one
     process and one thread.
@@ -568,7 +569,7 @@ class CheckedSession(ABC):
 
     @abstractmethod
     def twin(self, num_envs: int) -> CheckedSession:
-        """A second session over environments of the same kind, before its first reset (for evaluation, say)."""
+        """A second session over environments of the same kind, not yet reset (for evaluation, say)."""
 
     def _begin(self, first: Array) -> Array:
         """What is shown of episodes that begin with ``first`` (n, *contract.obs_shape)."""
@@ -633,9 +634,9 @@ class GymnasiumSession(CheckedSession):
     The flags of the server (``--env-id`` and so on) are appended to it.
     wait: False leaves the handshake to the first ``reset``, so that servers start while the caller does other things.
 
-    Raises ValueError or TypeError for arguments that cannot be, BridgeError if the command cannot be run, and (here, or
-    with ``wait=False`` in ``reset``) BridgeError if a server does not start, or for spaces of another kind than a Box
-    of numbers and a Discrete that starts at 0, ContractViolation for other such spaces than the contract's.
+    Raises ValueError or TypeError for invalid arguments, BridgeError if the command cannot be run; and (with
+    ``wait=False``, in ``reset``) BridgeError if a server does not start, or if the spaces are not a Box of numbers and
+    a Discrete that starts at 0, ContractViolation if they are, but do not fit the contract.
     """
 
     def __init__(
@@ -854,7 +855,7 @@ class _Server:
             raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)[:1000]}]") from None
         finally:
             os.close(lifeline)
-        # Popen, when dropped, keeps the pipes of a child that lives; one without a lifeline lives until its stdin ends.
+        # A dropped Popen keeps a living child's pipes open; a child without a lifeline lives until its stdin ends.
         weakref.finalize(self, self.process.stdin.close)  # type: ignore[union-attr]
         self.stdin: int = self.process.stdin.fileno()  # type: ignore[union-attr]
         self.stdout: int = self.process.stdout.fileno()  # type: ignore[union-attr]
@@ -1139,7 +1140,7 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
     import gymnasium
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "gymnasium": gymnasium.__version__}
-    sys.path.append(os.getcwd())  # so that --env-id my_module:MyEnv-v0 finds my_module.py where the person stands
+    sys.path.append(os.getcwd())  # so that --env-id my_module:MyEnv-v0 finds a my_module.py in this folder
     if env_id.startswith("ALE/"):
         try:
             import ale_py
@@ -1342,9 +1343,9 @@ def _main() -> None:
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
     # Nor can what an environment forks (multiprocessing does): it would answer, too, and hold the wire after a crash.
     os.register_at_fork(after_in_child=lambda: [os.dup2(0, wire, inheritable=False) for wire in (wire_in, wire_out)])
-    # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else leading a session of its own?
+    # Started by a GymnasiumSession (behind a launcher, docker or ssh, too), or else the leader of a process session?
     if args.lifeline >= 0 or os.getsid(0) == os.getpid():
-        # A trainer that hangs up has been answered, or will not listen; who has piped requests in wants them answered.
+        # A trainer that hangs up has been answered, or will not listen; whoever piped requests in wants them answered.
         grace = CLOSE_GRACE + TERMINATE_GRACE if args.lifeline >= 0 else TIMEOUT
         _leave_with_the_trainer(wire_in, lifeline, grace)
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)

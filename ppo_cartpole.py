@@ -3,11 +3,11 @@
     python ppo_cartpole.py --seed 1     # learns to balance the pole, a few seconds on a laptop
     python ppo_cartpole.py --watch      # plays what it has learned, in a window
 
-A cart carries a pole.  Every step the agent pushes it left or right and is paid 1 as long as the pole stands.  An
-episode ends when the pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).
-Solved is a mean return of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL
-(how far the policy is from the one that acted, on average over an update's minibatches) around 0.01 and an entropy that
-falls from 0.69 (= ln 2, undecided) to 0.5 .. 0.6.
+A cart carries a pole.  At every step the agent pushes the cart left or right, and is paid 1.  An episode ends when the
+pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).  Solved is a mean return
+of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL (how far the policy is from
+the one that acted, on average over an update's minibatches) around 0.01 and an entropy that falls from 0.69 (= ln 2,
+undecided) to 0.5 .. 0.6.
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -83,7 +83,7 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
-MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
+MAX_INPUTS = 10_000  # numbers in an observation: more of them call for a convolutional network
 FINAL_EPISODES = 100  # fresh ones, which decide whether it is solved
 
 
@@ -186,7 +186,7 @@ class Args:
 
 
 def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
-    """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
+    """Environments as ``args`` describe them.  The servers start in the background; the first reset waits for them."""
     command = shlex.split(args.server_command) if args.server_command else None
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
     if math.prod(contract.obs_shape) > MAX_INPUTS:
@@ -220,8 +220,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    A square orthogonal matrix scales every length by its gain (so does a tall one; a wide one none by more): neither
-    signals nor gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
+    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): in the hidden layers
+    neither signals nor gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -234,8 +234,9 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are nearly
-    equal, and the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
+    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimiser makes up
+    for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares nothing with the
+    critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -317,7 +318,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
 
     log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
     # The critic sees the rollout only now: one pass is cheaper than T.
-    # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
+    # V(s') gets a pass of its own: at an episode's end, and in the last row, it is not values[t + 1].
     return Rollout(
         observations,
         actions,
@@ -347,7 +348,7 @@ def gae(
 
     Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
-    away most of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
+    away much of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
     all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
     minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
@@ -362,7 +363,7 @@ def gae(
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
-    # Either way the sum below ends here (later errors count nothing): the next row belongs to another episode.
+    # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
@@ -396,16 +397,15 @@ def ppo_loss(
 
     The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): at
-    first r is 1, and this the policy gradient; later r makes up for actions that have become likelier or rarer
-    (importance sampling).  And PPO ignores a sample once its ratio has moved by more than ``clip_coef`` in the
-    direction that its advantage asks for (the clipped surrogate).  So a rollout can be used for several epochs
-    (passes).
+    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while
+    r is 1, that of log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).
+    And the clipped surrogate, which PPO maximises, ignores a sample once its ratio has moved by more than ``clip_coef``
+    in the direction that its advantage asks for.  So a rollout can be used for several epochs (passes).
 
-    logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
-    int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
-    critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes, since
-    (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
+    logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the current networks; actions
+    (B,) int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of
+    the critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes,
+    since (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
@@ -443,7 +443,7 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
+            # (r - 1) - log r, an estimate of KL(pi_old || pi), never negative ([3], detail 12).
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             # Counts ratios that have moved the wrong way, too, though their gradient is not clipped.
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
@@ -486,10 +486,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
     session: where to train (default: what ``args`` describe).  For another environment give ``Args`` another
-    ``env_id``, too, whatever it says: else the default's goal ends the run.  eval_session: where the greedy policy is
+    ``env_id``, too (any text will do): else the default's goal ends the run.  eval_session: where the greedy policy is
     evaluated, in environments of its own (default: the session's ``twin``).  Both are closed at the end.
-    ``args.resume`` takes weights, counters and history from the checkpoint, and everything else from ``args``: filling
-    in the stored arguments is main()'s work.
+    ``args.resume`` continues from the checkpoint, with the flags of ``args`` (filling in the stored ones is main()'s
+    work).
     Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
@@ -497,7 +497,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
+    with contextlib.ExitStack() as resources:  # both sessions are closed in the end, whatever happens
         for given in filter(None, (session, eval_session)):
             resources.enter_context(given)
         check_args(args)
@@ -513,9 +513,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Adam is torch.optim's, made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3; torch's
-        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before every
-        # update, below.)
+        # Adam is torch.optim's, spared the import of torch.compile (see Housekeeping).  With eps = 1e-5 ([3], detail 3;
+        # torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before
+        # every update, below.)
         optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
@@ -542,8 +542,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows no more than the mean, near 1 for one that
-            # predicts all targets (where they are noisy, even the true V stays below 1).
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, near 1 for one that predicts
+            # the targets.  High alone proves little: targets contain V(s'), and agree with a V that is wrong, but
+            # changes little from step to step.
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -568,7 +569,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     optimizer.zero_grad()
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
-                    # the critic's gradient, growing with the returns, would decide how much is left of the actor's.
+                    # the critic's gradient would decide how much is left of the actor's: a factor that changes with
+                    # every minibatch, and that Adam does not undo.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()
@@ -602,7 +604,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole.
+    """A subclass without the decorators for torch.compile, which they would import (as long as CartPole takes).
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
@@ -712,7 +714,7 @@ class Run:
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The opposite of ``state`` and ``save``."""
+        """The inverse of ``state`` and ``save``."""
         for name, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
             if (stored := state["args"][name]) != asked:
                 raise BadInput(f"{self.args.checkpoint} has {name} {stored!r}, not {asked!r}")

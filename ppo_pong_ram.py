@@ -4,13 +4,13 @@
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
-game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at random returns about -20.  Every step asks
-for one of six actions in four frames, and in each of them, with probability 0.25, the console repeats what it did in
-the frame before, so that an action may begin late (sticky actions [6]), and no sequence of moves can be learned by
-heart.  The picture is not looked at: an observation is the console's memory, 128 bytes whose meaning is not told.
-Watch the sampled return climb from -20, with an approximate KL (how far the policy is from the one that acted, on
-average over an update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.5
-.. 0.7 (ln 2 = 0.69: sure of the move, undecided between the two actions for it).
+game returns -21 .. 21.  Solved is a mean return of 19; pushing buttons at random returns about -20.  A step holds one
+of six actions for four frames; in each frame, with probability 0.25, the console repeats the last frame's action
+instead (sticky actions [6]), so that an action may begin late, and no sequence of moves can be learned by heart.  The
+picture is not looked at: an observation is the console's memory, 128 bytes whose meaning is not told.  Watch the
+sampled return climb from -20, with an approximate KL (how far the policy is from the one that acted, on average over an
+update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.5 .. 0.7 (ln 2 =
+0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -90,12 +90,12 @@ CONTRACT = Contract(
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-# What is shown to the networks: the memory of the last two steps, whose difference shows motion plainly (a speed may be
-# among the bytes of one, but with 255 for -1), each followed by the action that led to it, one-hot, since a sticky
-# action may still be going on.  (An episode begins with its first memory twice, and no action: zeros.)
-FRAMES = 2
+# What is shown to the networks: the memory of the last two steps, whose difference shows motion plainly (one memory may
+# hold a speed, but with 255 for -1), each followed by the action that led to it, one-hot, since a sticky action may
+# still be going on.  (An episode begins with its first memory twice, and no action: zeros.)
+FRAME_STACK = 2
 SOLVED_RETURN = 19.0  # 21 points to 2, on average
-MAX_INPUTS = 10_000  # numbers in an observation: more of them want a convolutional network
+MAX_INPUTS = 10_000  # numbers in an observation: more of them call for a convolutional network
 FINAL_EPISODES = 30  # fresh ones, which decide whether it is solved
 
 
@@ -206,7 +206,7 @@ class Args:
 
 
 def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSession:
-    """Environments as ``args`` describe them.  The servers start up in the background until the first reset."""
+    """Environments as ``args`` describe them.  The servers start in the background; the first reset waits for them."""
     command = shlex.split(args.server_command) if args.server_command else None
     contract = CONTRACT if args.env_id == ENV_ID else Contract.from_env(args.env_id, MAKE_KWARGS, command)
     if len(contract.obs_shape) != 1 or contract.obs_dtype != "uint8" or contract.obs_shape[0] > MAX_INPUTS:
@@ -221,7 +221,7 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
         make_kwargs={**MAKE_KWARGS, **make_kwargs},
         server_command=command,
         wait=False,
-        frame_stack=FRAMES,
+        frame_stack=FRAME_STACK,
         append_action=True,
     )
 
@@ -244,11 +244,12 @@ class Inputs(nn.Module):
     """What a network sees: the newest bytes and action, and their changes since the step before, scaled one by one.
 
     A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
-    such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and
-    deviation 1, and clipped at five deviations.  Means and deviations are those of all rollouts so far (in the first
-    update all inputs are 0: every action is equally likely, and only the output biases learn).  They come from sums,
-    which are buffers: saved with the weights, changed only by ``update``, and float64, in which whole numbers are exact
-    up to 2**53 (``.float()`` and ``.half()`` would spoil them).
+    such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and standard
+    deviation 1, and clipped at five of these (observation normalisation and clipping: [3], details 6 and 7 for
+    continuous actions).  Means and deviations are those of all rollouts so far (in the first update all inputs are 0:
+    every action is equally likely, and only the output biases learn).  They come from sums, which are buffers: saved
+    with the weights, changed only by ``update``, and float64, in which whole numbers are exact up to 2**53
+    (``.float()`` and ``.half()`` would spoil them).
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -289,9 +290,9 @@ class Inputs(nn.Module):
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
-    LayerNorm (a sample's 128 numbers get mean 0 and deviation 1, then a scale and an offset that are learned) cancels
-    the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step smaller
-    relative to them.  No norm follows the last layer: there the gain matters.
+    LayerNorm (a sample's 128 numbers get mean 0 and standard deviation 1, then a scale and an offset that are learned)
+    cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
+    smaller relative to them.  No norm follows the last layer: there the gain matters.
     """
     layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -304,8 +305,9 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out about a hundred times smaller than the others: to a new actor all actions are nearly
-    equal, and the first rollouts try them all.  It shares nothing with the critic ([3], detail 13).
+    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimiser makes up
+    for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares nothing with the
+    critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -393,7 +395,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
 
     log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
     # The critic sees the rollout only now: one pass is cheaper than T.
-    # V(s') needs a pass of its own: where an episode ends, values[t + 1] belongs to the next one.
+    # V(s') gets a pass of its own: at an episode's end, and in the last row, it is not values[t + 1].
     return Rollout(
         observations,
         actions,
@@ -423,7 +425,7 @@ def gae(
 
     Why not learn from the rewards that followed?  In a state where every action earns 100, each would look good.
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
-    away most of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
+    away much of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
     all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
     minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
@@ -438,7 +440,7 @@ def gae(
         raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
-    # Either way the sum below ends here (later errors count nothing): the next row belongs to another episode.
+    # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
     # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
@@ -472,16 +474,15 @@ def ppo_loss(
 
     The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): at
-    first r is 1, and this the policy gradient; later r makes up for actions that have become likelier or rarer
-    (importance sampling).  And PPO ignores a sample once its ratio has moved by more than ``clip_coef`` in the
-    direction that its advantage asks for (the clipped surrogate).  So a rollout can be used for several epochs
-    (passes).
+    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while
+    r is 1, that of log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).
+    And the clipped surrogate, which PPO maximises, ignores a sample once its ratio has moved by more than ``clip_coef``
+    in the direction that its advantage asks for.  So a rollout can be used for several epochs (passes).
 
-    logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the networks now; actions (B,)
-    int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of the
-    critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes, since
-    (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
+    logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the current networks; actions
+    (B,) int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of
+    the critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes,
+    since (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
     """
     shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
@@ -519,7 +520,7 @@ def ppo_loss(
 
     with torch.no_grad():
         info = {
-            # (r - 1) - log r, an estimate of KL(pi_old, pi), never negative ([3], detail 12).
+            # (r - 1) - log r, an estimate of KL(pi_old || pi), never negative ([3], detail 12).
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             # Counts ratios that have moved the wrong way, too, though their gradient is not clipped.
             "clip_fraction": ((ratio - 1).abs() > clip_coef).to(ratio.dtype).mean(),
@@ -549,15 +550,15 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
-                direction = orthogonal(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
-                # Were all singular values 1, its entries would have a root mean square of 1 / sqrt(longer side), and a
-                # step's 0.2 of the rate, about as Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay below:
-                # here it is 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in the columns that have a gradient;
+                direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
+                # With all singular values 1, the root mean square of an entry would be 1 / sqrt(longer side), and that
+                # of a step 0.2 times the rate, about Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay
+                # below 1: steps have 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in columns with a gradient;
                 # three in four have none, since their inputs never change).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
     x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
@@ -598,19 +599,20 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
     session: where to train (default: what ``args`` describe).  For another environment give ``Args`` another
-    ``env_id``, too, whatever it says: else the default's goal ends the run.  eval_session: where the greedy policy is
-    evaluated, in environments of its own (default: the session's ``twin``).  Both are closed at the end.
-    ``args.resume`` takes weights, counters and history from the checkpoint, and everything else from ``args``: filling
-    in the stored arguments is main()'s work.
+    ``env_id``, too (any text will do): else the default's goal ends the run, and rewards end credit.  eval_session:
+    where the greedy policy is evaluated, in environments of its own (default: the session's ``twin``).  Both are closed
+    at the end.
+    ``args.resume`` continues from the checkpoint, with the flags of ``args`` (filling in the stored ones is main()'s
+    work).
     Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
     or TypeError (a session that does not show stacks of bytes).
     """
-    torch.set_num_threads(1)  # a second one, awake between its tasks, would take a core from the emulators
+    torch.set_num_threads(1)  # a second one would spin between its tasks, and take a core from the emulators
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    with contextlib.ExitStack() as resources:  # both sessions are closed in the end, however it comes
+    with contextlib.ExitStack() as resources:  # both sessions are closed in the end, whatever happens
         for given in filter(None, (session, eval_session)):
             resources.enter_context(given)
         check_args(args)
@@ -627,12 +629,12 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
-        # layers, the first ones too, which [8] would leave to Adam.  Adam's step is mostly what many samples have in
-        # common; Muon's is a matrix whose singular values are made more nearly equal, so that what few samples ask for
-        # counts, too.  Everything else is left to Adam.
-        # Adam is torch.optim's; both are made quicker to import (see Housekeeping).  With eps = 1e-5 ([3], detail 3;
-        # torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before
-        # every update, below.)
+        # layers, the first ones too, which [8] would leave to Adam.  Adam mostly follows what many samples have in
+        # common; Muon makes a step's singular values more nearly equal, so that what few samples ask for counts, too.
+        # Everything else is left to Adam.
+        # Adam is torch.optim's; both are spared the import of torch.compile (see Housekeeping).  With eps = 1e-5 ([3],
+        # detail 3; torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are
+        # set before every update, below.)
         networks = (actor.net, critic.net)
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -671,8 +673,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows no more than the mean, near 1 for one that
-            # predicts all targets (where they are noisy, even the true V stays below 1).
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, near 1 for one that predicts
+            # the targets.  High alone proves little: targets contain V(s'), and agree with a V that is wrong, but
+            # changes little from step to step.
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -702,7 +705,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     adam.zero_grad()
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
-                    # the critic's gradient, growing with the returns, would decide how much is left of the actor's.
+                    # the critic's gradient would decide how much is left of the actor's: a factor that changes with
+                    # every minibatch, and that Adam does not undo.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     muon.step()
@@ -742,7 +746,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A class of torch.optim without its decorators for torch.compile: importing that takes as long as CartPole.
+    """A subclass without the decorators for torch.compile, which they would import (as long as CartPole takes).
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
@@ -853,7 +857,7 @@ class Run:
         self.began, self.began_steps = time.perf_counter(), self.env_steps
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The opposite of ``state`` and ``save``."""
+        """The inverse of ``state`` and ``save``."""
         for name, asked in ("env_id", self.args.env_id), ("seed", self.args.seed):
             if (stored := state["args"][name]) != asked:
                 raise BadInput(f"{self.args.checkpoint} has {name} {stored!r}, not {asked!r}")

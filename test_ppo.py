@@ -2386,7 +2386,7 @@ with NativeSession([Counting(), Counting()], Contract((2,), 3)) as session:
         "[[False, False], [False, False], [True, True], [False, False]] (2,)\n",
     ),
     (
-        [pong.Inputs, pong.Muon, pong.orthogonal],
+        [pong.Inputs, pong.Muon, pong.orthogonalize],
         "import math, torch; from torch import nn; from typing import Any",
         """
 inputs, seen = Inputs((2, 3)), torch.arange(24, dtype=torch.uint8).view(4, 2, 3)
@@ -2980,7 +2980,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() ^ vars(ppo).keys() == {"CORES", "FRAMES", "Inputs", "Muon", "orthogonal"}
+    assert vars(pong).keys() ^ vars(ppo).keys() == {"CORES", "FRAME_STACK", "Inputs", "Muon", "orthogonalize"}
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None", "leniency": "float"}
 
