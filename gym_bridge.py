@@ -85,6 +85,7 @@ TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, an
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 ERROR_GRACE = 0.3  # the same after an error: whoever waits for the message may have waited for a timeout already
 TERMINATE_GRACE = 0.2  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore it for longer, too
+STOPPED_GRACE = 2.0  # seconds that a reply gets after a Ctrl-Z, a docker pause or the like that outlasted the timeout
 # Cores that this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AWAKE = 2e-3  # seconds to poll a pipe before sleeping: without, 8 CartPoles mostly take a seventh longer
@@ -907,10 +908,11 @@ class _Server:
         data, chunk = bytearray(), b""
         while b"\n" not in chunk:
             if not _poll(self.readable, deadline, self.awake):
-                raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
+                if (late := time.monotonic() - deadline) < 0.05:
+                    raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
+                deadline += late + STOPPED_GRACE  # this process was stopped, and the server, too, maybe
+                continue
             chunk = os.read(self.stdout, 1 << 16)
-            if not data:  # after a Ctrl-Z and fg, the rest of a reply longer than the pipe is a matter of moments
-                deadline = max(deadline, time.monotonic() + 0.25)
             data += chunk
             if not chunk:
                 so_far = f" in the middle of a reply: {_show(bytes(data))}" if data else ""
@@ -952,7 +954,7 @@ def _poll(poller: select.poll, deadline: float, awake: float = 0.0) -> bool:
             return True
         os.sched_yield()  # whoever has work to do goes first, the other end of the pipe not least
         now = time.monotonic()
-    # Past the deadline too: after a Ctrl-Z and fg the time is over, and a reply that fits the pipe has long been there.
+    # Past the deadline, too: after a Ctrl-Z and fg the time is over, but the reply may have long been there.
     return bool(poller.poll(max(0.0, min((deadline - now) * 1000, 2**31 - 1))))
 
 

@@ -186,9 +186,9 @@ def until(condition, seconds=20):
         time.sleep(0.02)
 
 
-def assert_gone(group):
+def assert_gone(group, seconds=2):
     """Of a server's process group nothing is alive (what is dead and not yet reaped by process 1 is no matter)."""
-    until(lambda: not process_table().get(group), 2)
+    until(lambda: not process_table().get(group), seconds)
 
 
 def process_table():
@@ -592,17 +592,32 @@ def test_a_contract_at_its_limits():
     Contract((2,), 2, "uint8", obs_range=(7, 7))
 
 
-def test_a_violation_says_what_was_expected_of_the_first_that_is_at_fault():
+@pytest.mark.parametrize("dtype", gym_bridge.DTYPES)
+def test_all_of_a_dtype_can_be_a_range(dtype):
+    limits = np.finfo(dtype) if dtype.startswith("f") else np.iinfo(dtype)
+    contract = Contract((2,), 2, dtype, (limits.min, limits.max), check_obs_finite=False)
+    ends = np.array([limits.min, limits.max], dtype)
+    for form in ends, ends.tolist():
+        observation = contract._observation(form, 0)
+        assert (observation.dtype, observation.tolist()) == (dtype, ends.tolist())
+        contract._check_observations(observation[None])
+
+
+@pytest.mark.parametrize("kind", ["native", "2 workers"])
+def test_a_violation_says_what_was_expected(kind):
     for case, message in (
         ("reward = 2", r"expected a reward in \[0\.0, 1\.0\], got 2\.0"),
         ("obs = obs[:1]", r"expected \(2,\), got \(1,\)"),
         ("obs[:] = 0, 2", r"expected observation\[1\] in \[-1\.0, 1\.0\], got 2"),
     ):
-        session = odd_session("native", case, at="step")
+        session = odd_session(kind, case, at="step")
         session.reset(0)
         session.step([0, 1, 0])
         with pytest.raises(ContractViolation, match=message):
             session.step([0, 1, 0])
+
+
+def test_a_violation_is_the_first_that_is_at_fault():
     session = NativeSession([importlib.import_module("odd_envs").Odd(case="obs[:] = 2, 3") for _ in range(3)], ODD)
     session.reset(0)
     for env in session._envs[1:]:
@@ -830,6 +845,21 @@ def test_frames_and_actions_that_are_shown_belong_to_one_episode(kind, frames):
         NativeSession([object()], contract, frame_stack=0)
 
 
+@pytest.mark.parametrize(
+    ("shown", "first", "then"),
+    [
+        ({"append_action": True}, [1, 0, 0, 0, 0], [1, 1, 0, 0, 1]),
+        ({"frame_stack": 2}, [[1, 0], [1, 0]], [[1, 0], [1, 1]]),
+    ],
+)
+def test_actions_without_frames_and_frames_without_actions(shown, first, then):
+    session = NativeSession([importlib.import_module("odd_envs").Counting()], Contract((2,), 3), **shown)
+    assert session.obs_shape == np.shape(first)
+    assert session.reset(0).tolist() == [first]
+    assert session.step([2]).next_observation.tolist() == [then]
+    assert session.observation.tolist() == [then]
+
+
 def test_a_twin_is_a_session_of_its_own():
     for session in (
         native("Counting", 1, Contract((2,), 3)),
@@ -1047,7 +1077,7 @@ def assert_fault(session, faulty, error, message, env=None, worker=None):
     assert env is None or (caught.value.env == env and f"environment {env}: " in text)
     pids = [server.process.pid for server in session._servers]
     assert worker is None or f"server pid {pids[worker]}" in text
-    assert took < session._timeout + 0.5 + 1.0  # and a second for a loaded machine
+    assert took < session._timeout + 0.5 + 3.0  # and three seconds for a loaded machine
     assert session.transitions_checked in (0, 3)  # never the batch that was bad
     for pid in pids:
         assert_gone(pid)
@@ -1212,8 +1242,10 @@ BATCH_ROWS = [
     ("reject_null_for_truncated", "step", "reply['truncated'][ENV] = None", "done_type"),
     ("reject_both_flags", "step", "reply['terminated'][ENV] = reply['truncated'][ENV] = True; "
      "reply['reset_obs']['ENV'] = [0, 0]", "done_exclusive"),
-    ("reject_no_reset_obs", "step", "reply['terminated'][ENV] = True", "reset_obs"),
-    ("reject_reset_obs_unasked", "step", "reply['reset_obs']['ENV'] = [0, 0]", "reset_obs"),
+    ("reject_no_reset_obs", "step", "reply['truncated'][ENV] = True",
+     "reset_obs broken: expected one for this environment, got none"),
+    ("reject_reset_obs_unasked", "step", "reply['reset_obs']['ENV'] = [0, 0]",
+     r"reset_obs broken: expected none \(it did not finish\) for this environment, got one"),
     ("reject_base64_with_nan", "step", "b = struct.pack('<ff', 0.5, float('nan')); a = struct.pack('<ff', 0, 0); "
      "reply['next_obs'] = base64.b64encode(b''.join(b if i == ENV else a for i in range(n))).decode()", "obs_finite"),
 ]  # fmt: skip
@@ -1224,22 +1256,7 @@ BATCH_ROWS = [
 def test_the_error_names_the_environment_with_the_bad_value(workplace, row, name, faulty, fault, rule):
     env = row % 3
     session = fake_session(workplace, faulty, fault, env)
-    assert_fault(session, faulty, ContractViolation, f"contract rule {rule} broken", env, worker=min(env, 1))
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("reply['truncated'][ENV] = True", "expected one for this environment, got none"),
-        ("reply['reset_obs']['ENV'] = [0, 0]", r"expected none \(it did not finish\) for this environment, got one"),
-    ],
-    ids=["lacking", "unasked"],
-)
-def test_the_error_says_what_is_wrong_with_a_first_observation(workplace, fault, message):
-    session = fake_session(workplace, "step", fault)
-    session.reset(0)
-    with pytest.raises(ContractViolation, match=message):
-        session.step([0, 1, 0])
+    assert_fault(session, faulty, ContractViolation, f"contract rule {rule}", env, worker=min(env, 1))
 
 
 @pytest.mark.parametrize(
@@ -1520,13 +1537,26 @@ def test_environments_are_closed_after_an_error_too(fault, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["1 worker", "2 workers"])
-def test_environments_have_time_to_finish_their_files(kind):
+def test_environments_have_time_to_finish_their_files(kind, monkeypatch):
+    """More than after an error, and at least a second; here ten, for a loaded machine."""
+    assert gym_bridge.CLOSE_GRACE >= 1
+    monkeypatch.setattr(gym_bridge, "CLOSE_GRACE", 10)
     case = "self.close = lambda: (__import__('time').sleep(0.4), open('closed', 'w').close())"
     with odd_session(kind, case, "step") as session:
         session.reset(0)
         session.step([0, 0, 0])
         session.step([0, 0, 0])
     assert Path("closed").exists()
+
+
+@pytest.mark.parametrize("fault", ["pass", "os._exit(7)"], ids=["closed", "crashed"])
+def test_what_a_server_has_started_dies_with_it(fault):
+    session = odd_session("1 worker", f"__import__('subprocess').Popen(['sleep', '61']); {fault}", "step")
+    with contextlib.suppress(BridgeError), session:
+        session.reset(0)
+        session.step([0, 0, 0])
+        session.step([0, 0, 0])
+    assert_gone(session._servers[0].process.pid)
 
 
 def converse(requests, **make_kwargs):
@@ -1536,6 +1566,14 @@ def converse(requests, **make_kwargs):
     text = "".join(json.dumps({"id": number, **request}) + "\n" for number, request in enumerate(requests))
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     return [json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines()]  # strict JSON
+
+
+@pytest.mark.parametrize("encoding", [{}, {"encoding": "base64"}], ids=["lists", "base64"])
+def test_a_first_observation_is_written_as_all_others_are(encoding):
+    reset, step = {"cmd": "reset", "seed": 0, **encoding}, {"cmd": "step", "actions": [0, 0], **encoding}
+    *_, reply = converse([reset, step, step], case="obs[:] = 0.5; terminated = True")
+    shown = packed if encoding else lambda rows: rows
+    assert (reply["next_obs"], reply["reset_obs"]) == (shown([[0, 0], [0.5, 0.5]]), {"1": shown([0, 0])})
 
 
 def test_a_server_refuses_a_step_after_one_that_failed_half_way():
@@ -1802,13 +1840,15 @@ def test_what_nobody_has_thought_of_is_a_bridge_error():
         session.step([0])
 
 
-def test_ctrl_z_for_longer_than_the_deadline(workplace):
-    """The replies came while the trainer was stopped: none of them is late."""
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["trainer", "servers too"])
+def test_what_was_stopped_for_longer_than_the_timeout_goes_on(workplace, all_of_them):
+    """A Ctrl-Z stops the trainer, and the replies come meanwhile; a docker pause stops the servers, too."""
     (workplace / "trainer.py").write_text(f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 case = "open('asked', 'w').close(); __import__('time').sleep(1)"
 with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case)) as session:
+    print(*[server.process.pid for server in session._servers], flush=True)
     session.reset(0)
     session.step([0, 0, 0])
     session._timeout = 3
@@ -1816,10 +1856,14 @@ with GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 3, 2, dict(case=case
 print("through")
 """)
     trainer = subprocess.Popen([sys.executable, "trainer.py"], stdout=subprocess.PIPE, text=True)
+    servers = [int(pid) for pid in trainer.stdout.readline().split()]
     until(Path("asked").exists)  # the second server: so both have been
-    trainer.send_signal(signal.SIGSTOP)
+    stopped = [trainer.pid, *(servers if all_of_them else [])]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
     time.sleep(3.5)
-    trainer.send_signal(signal.SIGCONT)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
     assert trainer.communicate(timeout=20)[0] == "through\n"
 
 
@@ -1860,7 +1904,7 @@ def test_no_server_outlives_a_killed_trainer(hang, in_thread):
 import sys; sys.path.insert(0, {str(HERE)!r})
 from gym_bridge import *
 from concurrent.futures import ThreadPoolExecutor
-case = "import subprocess; subprocess.Popen(['sleep', '61']); open('asked', 'w').close(); {hang}"
+case = "__import__('subprocess').Popen(['sleep', '61']); open('asked', 'w').close(); {hang}"
 def make(): return GymnasiumSession("odd_envs:Odd-v0", Contract((2,), 2), 2, 2, {{"case": case}})
 if {in_thread}:
     with ThreadPoolExecutor() as pool: session = pool.submit(make).result()
@@ -1870,7 +1914,7 @@ session.reset(0)
 while True: session.step([0, 0])
 """], stdout=subprocess.PIPE, text=True)  # fmt: skip
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
-    until(lambda: hang == "pass" or Path("asked").exists())
+    until(Path("asked").exists)
     trainer.kill()
     trainer.wait()
     for pid in pids:
@@ -1910,14 +1954,15 @@ def test_a_session_that_is_dropped_takes_its_servers_along(wait):
         del session
         gc.collect()
         for pid in pids:
-            assert_gone(pid)
+            assert_gone(pid, 20)  # without a lifeline it has to start before it can see that nobody is there
 
 
 def test_a_session_that_is_dropped_while_an_environment_is_being_made_takes_its_server_along():
     """The environment does not let Python run."""
-    kwargs = {"fault": "import ctypes; ctypes.PyDLL(None).sleep(60)"}
+    kwargs = {"fault": "open('asked', 'w').close(); import ctypes; ctypes.PyDLL(None).sleep(60)"}
     session = GymnasiumSession("odd_envs:Unfinished-v0", ODD, make_kwargs=kwargs, wait=False)
     group = session._servers[0].process.pid
+    until(Path("asked").exists)
     del session
     gc.collect()
     assert_gone(group)
@@ -1962,7 +2007,7 @@ def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
     gc.collect()  # what earlier tests left
     before = count()
     kept += [open_and_close() for _ in range(4)]
-    until(lambda: count() == before)  # a thread may take a moment to end
+    until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)))  # a thread may take a moment
 
 
 def test_nothing_grows():
@@ -1998,7 +2043,9 @@ what?
     assert (replies[2]["reward"], replies[2]["terminated"], replies[2]["reset_obs"]) == ([1, 1], [False, False], {})
     assert replies[3]["error"].startswith("a request is one line of strict JSON (Expecting value")
     assert "traceback" not in replies[3]
-    assert replies[4]["rule"] == "action_range"
+    broken = {"rule": "action_range", "expected": "0 .. 1", "got": "9", "env": 1}
+    error = "contract rule action_range broken: expected 0 .. 1, got 9"
+    assert replies[4] == {"id": "five", "ok": False, "error": error, **broken}
     known = "a request is {\"id\": 1, \"cmd\": one of ['describe', 'reset', 'step', 'close'], ...}"
     assert [reply["error"] for reply in replies[6:12]] == [
         "reset takes no ['sed']",
@@ -2735,7 +2782,7 @@ def test_a_gradient_is_of_one_minibatch_and_clipped_for_each_network(script, mon
     def norms_of_gradients(*_):
         return [float(sum(w.grad.square().sum() for w in each.parameters()).sqrt()) for each in runs[-1]]
 
-    norms = recorded(script.Adam, "step", monkeypatch, norms_of_gradients)
+    norms = recorded(getattr(script, "Muon", script.Adam), "step", monkeypatch, norms_of_gradients)  # the first step
     rates = {field.name: 1e-30 for field in dataclasses.fields(script.Args) if field.name.endswith("learning_rate")}
     args = small_args(script, updates=2, update_epochs=3, max_grad_norm=1e9, **rates)
     script.train(args, small_session(script))
@@ -2773,42 +2820,30 @@ def test_target_kl_cuts_epochs(script, monkeypatch):
     assert len(losses) == 4
 
 
-def test_the_logged_metrics_against_an_oracle(monkeypatch):
-    """Explained variance and sampled return of one update, from the rollout that it collected, in plain Python."""
+def test_the_sampled_return_against_an_oracle(monkeypatch):
+    """Of one update, from the rollout that it collected, in plain Python."""
     rollouts = recorded(ppo, "collect_rollout", monkeypatch)
     args = small_args(ppo, num_steps=64, num_envs=4)
     run = ppo.train(args, native("Counting", 4, Contract((2,), 3)))
     (rollout,) = rollouts
     assert (rollout.terminated.any(), rollout.truncated.any()) == (True, True)
-    rewards, values, next_values = (
-        getattr(rollout, name).double().numpy() for name in ("rewards", "values", "next_values")
-    )
-    targets, returns = [], []
-    for env in range(4):
+    returns = []
+    for rewards, done in zip(rollout.rewards.T.tolist(), rollout.done.T.tolist(), strict=True):  # an environment each
         total = 0.0
-        for t in range(64):
-            total += rewards[t, env]
-            if rollout.done[t, env]:
+        for reward, ended in zip(rewards, done, strict=True):
+            total += reward
+            if ended:
                 returns.append(total)
                 total = 0.0
-        for begin in range(64):
-            advantage, weight = 0.0, 1.0
-            for t in range(begin, 64):
-                bootstrap = 0.0 if rollout.terminated[t, env] else args.gamma * next_values[t, env]
-                advantage += weight * (rewards[t, env] + bootstrap - values[t, env])
-                weight *= args.gamma * args.gae_lambda
-                if rollout.done[t, env]:
-                    break
-            targets.append((values[begin, env] + advantage, values[begin, env]))
-    errors, targets = [target - value for target, value in targets], [target for target, _ in targets]
-    assert run.history["explained_variance"][-1] == pytest.approx(1 - np.var(errors) / np.var(targets), abs=1e-4)
     assert len(returns) > 0
     assert run.history["sampled_return"][-1] == pytest.approx(np.mean(returns))
 
 
-def test_pongs_explained_variance(monkeypatch):
-    judged = recorded(pong, "gae", monkeypatch, lambda args, advantages: (advantages.numpy(), args[1].numpy()))
-    run = pong.train(small_args(pong, updates=3, eval_every=1), small_session(pong))
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_explained_variance_against_an_oracle(script, monkeypatch):
+    judged = recorded(script, "gae", monkeypatch, lambda args, advantages: (advantages.numpy(), args[1].numpy()))
+    session = cartpole_session(2) if script is ppo else small_session(script)  # in which it is far from 0
+    run = script.train(small_args(script, updates=3, eval_every=1), session)
     advantages, values = judged[-1]
     expected = 1 - np.var(advantages) / np.var(advantages + values)
     assert abs(expected) > 0.01
@@ -2860,6 +2895,39 @@ def test_annealing_lets_the_learning_rate_fall_and_pongs_entropy_bonus_faster(sc
     cubes = script is pong and anneal
     assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if cubes else [0.512] * 4)
     assert torch.get_num_threads() == 1  # set by train
+
+
+@pytest.mark.parametrize("script", [ppo, pong])
+def test_where_all_episodes_are_alike_a_resumed_run_is_the_whole_one(script, monkeypatch):
+    class Two:
+        """Two steps: every rollout ends with an episode, as a new session begins with one."""
+
+        def reset(self, seed=None):
+            self.t = 0
+            return np.zeros(2, np.uint8), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.array([200 * action, self.t], np.uint8), -float(action), self.t == 2, False, {}
+
+    def session():
+        shown = {} if script is ppo else {"frame_stack": 3, "append_action": True}
+        return NativeSession([Two(), Two()], Contract((2,), 2, "uint8"), **shown)
+
+    def interrupted(*each):
+        calls.append(each)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*each)
+
+    args, calls, original = small_args(script, updates=4, anneal_lr=True), [], script.collect_rollout
+    whole = script.train(args, session()).snapshot
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(script, "collect_rollout", interrupted)
+        script.train(args, session())
+    resumed = script.train(dataclasses.replace(args, resume=True), session()).snapshot
+    for name in "update", "env_steps", "actor", "critic", "optimizers", "rng":
+        assert same(resumed[name], whole[name]), name
 
 
 def test_a_schedule_goes_on_after_resume(monkeypatch):
@@ -3185,6 +3253,7 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     shapes = [tuple(moments["momentum_buffer"].shape) for moments in muon.values()]
     assert shapes == [(128, 268), (128, 128)] * 2  # the matrices of the hidden layers
     assert [moments["step"] for moments in adam.values()] == [3 * 24] * 16
+    assert after["optimizers"][1]["param_groups"][0]["eps"] == 1e-5
     muon[0]["momentum_buffer"] = torch.zeros(1)
     torch.save(after, "damaged.pt")
     with pytest.raises(pong.BadInput, match=r"^damaged\.pt does not fit"):
@@ -3305,7 +3374,8 @@ def short_run(tmp_path_factory):
 
 
 def test_what_a_run_shows(short_run):
-    _, done = short_run
+    folder, done = short_run
+    assert len(list((folder / "data/rl").iterdir())) == 3
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -3321,15 +3391,22 @@ def test_what_a_run_shows(short_run):
     assert "data/rl/ppo_cartpole.pt" in lines[-1]
 
 
-def test_the_progress_line_counts_all_environments(capsys):
+def test_speed_is_counted_from_the_first_rollout(monkeypatch):
+    began = recorded(ppo.Run, "start_clock", monkeypatch, lambda args, _: args[0].rows[:])
+    ppo.train(small_args(ppo), cartpole_session(2))
+    assert began == [[], [0]]  # when the run is made, and once more after the evaluation before training
+
+
+def test_the_progress_line_counts_all_environments(capsys, monkeypatch):
     run = ppo.train(ppo.Args(updates=2, eval_episodes=1, eval_max_steps=1), cartpole_session(8))
     run.args = dataclasses.replace(run.args, updates=102)  # 100 * 32 * 8 steps to go, at 100 steps a second
-    run.began, run.began_steps = time.perf_counter() - 10, run.env_steps - 1000
+    monkeypatch.setattr(ppo, "time", SimpleNamespace(perf_counter=lambda: 10.0))
+    run.began, run.began_steps = 0.0, run.env_steps - 1000
     run.recent["sampled_return"] += [123.0, 125.0]  # since the row before
     run.print_line()
     line = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"update 2/102  512 steps  (100|99)/s  4:1\d left  sampled 124.0  ", line)
-    assert notes(run.train_log(0.0))["steps_per_second"] in ("99", "100")
+    assert line.startswith("update 2/102  512 steps  100/s  4:16 left  sampled 124.0  ")
+    assert notes(run.train_log(0.0))["steps_per_second"] == "100"
 
 
 @pytest.mark.parametrize("columns", [30, 60, 80])
@@ -3540,8 +3617,12 @@ def test_runs_side_by_side_in_one_folder_do_not_fell_each_other(monkeypatch):
     assert read_log()["steps"] == [0, 2]
 
 
-@pytest.mark.parametrize(("healthy", "stage", "rows"), [(0, "evaluation", None), (2, "final evaluation", [0, 1])])
+@pytest.mark.parametrize(
+    ("healthy", "stage", "rows"), [(0, "evaluation, step 1", None), (2, "final evaluation, step 3", [0, 1])]
+)
 def test_an_error_in_an_evaluation_says_so(healthy, stage, rows):
+    """Steps are counted since the session was opened: the two evaluations before took one each."""
+
     class Sick:
         """Plays a few healthy episodes."""
 
@@ -3556,7 +3637,7 @@ def test_an_error_in_an_evaluation_says_so(healthy, stage, rows):
 
     args = ppo.Args(updates=1, num_envs=2, eval_episodes=1, eval_max_steps=1)
     contract = Contract((1,), 2)
-    with pytest.raises(ContractViolation, match=rf"^{stage}, step \d, environment 0: contract rule obs_finite"):
+    with pytest.raises(ContractViolation, match=rf"^{stage}, environment 0: contract rule obs_finite"):
         ppo.train(args, NativeSession([Sick(), Sick()], contract))
     assert args.log.exists() == (rows is not None)
     assert rows is None or read_log()["steps"] == rows
@@ -3801,6 +3882,7 @@ ARGS_ROWS = [
     ("learning_rate", "0.1", "must be of type float"),
     ("learning_rate", True, "must be of type float"),
     ("learning_rate", math.inf, "must be positive"),
+    ("learning_rate", math.nan, "must be positive"),
     ("learning_rate", 0, "must be positive"),
     ("clip_coef", math.inf, "must be positive"),
     ("max_grad_norm", 0.0, "must be positive"),
@@ -3811,10 +3893,12 @@ ARGS_ROWS = [
     ("gae_lambda", math.nan, "must lie in 0 .. 1"),
     ("target_kl", 0, "must be positive"),
     ("solved_return", math.inf, "must lie in -1e9 .. 1e9"),
+    ("solved_return", math.nan, "must lie in -1e9 .. 1e9"),
     ("cuda", "no", "must be of type bool"),
     ("env_id", 3, "must be of type str"),
     ("log", None, "must be of type Path"),
-    ("log", "log", "must end in .json"),
+    ("log", "rate0.1", "must end in .json"),
+    ("log", "", "must end in .json"),
     ("checkpoint", "", "must name a file"),
     ("server_command", ["python", "gym_bridge.py"], "must be of type str | None"),
     ("server_command", " ", "is empty"),
@@ -3904,12 +3988,25 @@ def test_where_one_file_cannot_be_written_the_others_are():
     Path("away").rmdir()
     run.save()
     assert all(path.is_file() for path in run.places)  # whoever removes a folder gets it back
-    run.args.log.unlink()
-    Path("away/checkpoint.pt").unlink()
-    Path("away/checkpoint.pt").mkdir()
-    with pytest.raises(IsADirectoryError):
-        run.save()
-    assert run.args.log.is_file()
+    for bad in range(3):
+        for path in run.places:
+            path.unlink() if path.is_file() else path.rmdir()
+        run.places[bad].mkdir()
+        with pytest.raises(IsADirectoryError):
+            run.save()
+        assert [path.is_file() for path in run.places] == [k != bad for k in range(3)]
+
+
+def test_a_disk_that_is_full_ends_the_run(monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ppo, "replace_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        ppo.train(small_args(ppo), cartpole_session(2))
+    shown = capsys.readouterr()
+    assert "could not save everything: [Errno 28]" in shown.err
+    assert "update 0/" not in shown.out  # at the first evaluation
 
 
 class LastStraw(CartPoleEnv):
@@ -4266,12 +4363,23 @@ def test_another_environment_needs_no_change():
 
 
 def test_ctrl_c_while_torch_is_being_imported():
+    """It ends without a word: until main() SIGINT is the kernel's."""
+    Path("torch.py").write_text("open('asked', 'w').close(); import time; time.sleep(60)")
+    command, path = [sys.executable, str(HERE / "ppo_cartpole.py")], {"PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **path})
+    until(Path("asked").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_while_the_servers_start():
     process = subprocess.Popen([sys.executable, str(HERE / "ppo_cartpole.py")], stderr=subprocess.PIPE, text=True)
 
     def parents():
         return subprocess.run(["ps", "-A", "-o", "ppid="], capture_output=True, text=True).stdout.split()
 
-    until(lambda: str(process.pid) in parents())  # the servers are started just before
+    until(lambda: str(process.pid) in parents())
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == "ppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
@@ -4440,6 +4548,24 @@ def test_signals_wait_for_a_file_to_be_whole(number):
         signal.signal(number, before)
 
 
+@pytest.mark.parametrize("where", ["state", "add_row", "save"])
+def test_ctrl_c_waits_until_everything_is_recorded(where, ctrl_c, monkeypatch):
+    """Amid an update's bookkeeping, amid a row, and while an earlier Ctrl-C is being saved."""
+    original = getattr(ppo.Run, where)
+
+    def struck(run):
+        if run.update == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(run)
+
+    monkeypatch.setattr(ppo.Run, where, struck)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(small_args(ppo, updates=2, eval_every=1), cartpole_session(2))
+    kept = ppo.load_checkpoint(ppo.Args().checkpoint)
+    assert (kept["update"], kept["steps"]) == (1, [0, 1])
+    assert math.isfinite(kept["history"]["avg_return"][1]) == (where != "state")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is full exists on Linux only")
 @pytest.mark.parametrize("unbuffered", ["1", ""])
 def test_output_that_cannot_be_written(unbuffered):
@@ -4484,21 +4610,13 @@ def test_a_critic_that_diverges_is_not_kept():
 # name, flags, what the message says
 PERSON_ROWS = [
     ("unknown_flag", ["--sed", "1"], "--sed"),
-    ("no_command", ["--server-command", " "], "--server-command is empty"),
     ("zero_envs", ["--num-envs", "0"], "--num-envs must be above 0"),
-    ("negative_updates", ["--updates", "-3"], "--updates must be above 0"),
     ("minibatches", ["--num-minibatches", "7"], "--num-minibatches must divide --num-envs * --num-steps (256)"),
     ("tiny_minibatches", ["--num-minibatches", "256"], "into parts of at least 2, not 256"),
-    ("nan_rate", ["--learning-rate", "nan"], "--learning-rate must be positive"),
-    ("gamma", ["--gamma", "1.5"], "--gamma must lie in 0 .. 1"),
-    ("absurd_goal", ["--solved-return", "nan"], "--solved-return must lie in -1e9 .. 1e9"),
     ("checkpoint_spelt_otherwise", ["--log", "1.json", "--checkpoint", "./two/../1.json"], "must be different files"),
     ("log_over_checkpoint", ["--log", "1.json", "--checkpoint", "1.json"], "must be different files"),
     ("picture_over_checkpoint", ["--log", "1.json", "--checkpoint", "1.svg"], "must be different files"),
-    ("picture_of_two_logs", ["--log", "rate0.1"], "--log must end in .json"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
-    ("log_without_a_name", ["--log", ""], "--log must end in .json"),
-    ("checkpoint_without_a_name", ["--checkpoint", ""], "--checkpoint must name a file"),
     ("checkpoint_is_folder", ["--checkpoint", ".."], "cannot write .."),
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
@@ -4584,10 +4702,18 @@ def test_the_readme_names_every_rule():
         assert f"| `{rule}` | {meaning} |" in readme
 
 
+@pytest.mark.parametrize("script", ["ppo_cartpole.py", "ppo_pong_ram.py"])
+def test_uv_installs_what_the_requirements_say(script):
+    listed = re.search(r"# dependencies = (\[.*\])", (HERE / script).read_text())[1]
+    assert json.loads(listed) == (HERE / "requirements.txt").read_text().splitlines()
+
+
 def test_the_readme_counts_and_compares_the_files_as_they_are():
     """Line counts, and what Pong changes (put the output of the diff into the README where this fails)."""
     readme = (HERE / "README.md").read_text()
-    for name, count in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", readme, re.MULTILINE):
+    counts = re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", readme, re.MULTILINE)
+    assert len(counts) == 4
+    for name, count in counts:
         assert len((HERE / name).read_text().splitlines()) == int(count.replace(",", "")), name
     scripts = ["ppo_cartpole.py", "ppo_pong_ram.py"]
     shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
