@@ -85,7 +85,7 @@ TIMEOUT = 60.0  # seconds for one reply: slow imports and level loads fit in, an
 CLOSE_GRACE = 1.0  # seconds a server gets to close its environments when asked; files and windows want closing
 ERROR_GRACE = 0.3  # the same after an error: whoever waits for the message may have waited for a timeout already
 TERMINATE_GRACE = 0.2  # seconds between SIGTERM and SIGKILL: what ignores the first would ignore it for longer, too
-STOPPED_GRACE = 2.0  # seconds that a reply gets after a Ctrl-Z, a docker pause or the like that outlasted the timeout
+STOPPED_GRACE = 2.0  # seconds that a reply gets, at most, after a Ctrl-Z or a docker pause that outlasted the timeout
 # Cores that this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AWAKE = 2e-3  # seconds to poll a pipe before sleeping: without, 8 CartPoles mostly take a seventh longer
@@ -905,12 +905,13 @@ class _Server:
 
     def _read(self, deadline: float) -> bytes:
         """What the server writes until there is a line end in it."""
-        data, chunk = bytearray(), b""
+        data, chunk, grace = bytearray(), b"", STOPPED_GRACE
         while b"\n" not in chunk:
             if not _poll(self.readable, deadline, self.awake):
-                if (late := time.monotonic() - deadline) < 0.05:
+                # By how much the wait was too long: next to nothing, unless this process was stopped.
+                if (late := min(time.monotonic() - deadline, grace)) <= 0:
                     raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
-                deadline += late + STOPPED_GRACE  # this process was stopped, and the server, too, maybe
+                deadline, grace = time.monotonic() + late, 0.0  # as long again, once: the server may have been, too
                 continue
             chunk = os.read(self.stdout, 1 << 16)
             data += chunk
