@@ -54,6 +54,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import operator
@@ -94,6 +95,8 @@ MAX_ACTIONS = 1 << 16  # one logit for each of them in each environment
 MAX_DESCRIBE_BYTES = 128 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 FINITE = float(np.finfo(np.float32).max)  # networks compute in float32: whatever is larger is infinite to them
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
+# The core on which a thread runs, where the C library can tell (Linux).
+_current_core = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "sched_getcpu", lambda: None)
 
 REQUESTS = {
     "describe": {"id", "cmd"},
@@ -689,6 +692,7 @@ class GymnasiumSession(CheckedSession):
                 for server, core in zip(self._servers, sorted(os.sched_getaffinity(0)), strict=False):
                     with contextlib.suppress(OSError):  # it may have died already
                         os.sched_setaffinity(server.process.pid, {core})
+                        server.core = core
         if wait:
             self._handshake(contract)
 
@@ -716,9 +720,9 @@ class GymnasiumSession(CheckedSession):
         self._connected = True
         return declared
 
-    def _each(self) -> Iterator[_Server]:
-        """Every server in turn; an error during its turn is about this server, and reports its state."""
-        for server in self._servers:
+    def _each(self, last: int | None = None) -> Iterator[_Server]:
+        """Every server in turn, that of core ``last`` at the end; an error during its turn reports its state."""
+        for server in sorted(self._servers, key=lambda server: server.core == last):
             self._talking_to = server
             yield server
         self._talking_to = None
@@ -732,7 +736,8 @@ class GymnasiumSession(CheckedSession):
 
     def _step(self, actions: Array) -> _Batch:
         contract, deadline = self.contract, time.monotonic() + self._timeout
-        for server in self._each():
+        # A server that wakes up on this thread's core interrupts it: so the others are asked first.
+        for server in self._each(last=_current_core()):
             own = actions[server.envs.start : server.envs.stop]
             server.send({"cmd": "step", "actions": own.tolist(), "encoding": "base64"}, deadline)
         batches = [_decode_step(one.receive(deadline), one.envs, contract) for one in self._each()]
@@ -830,6 +835,7 @@ class _Server:
 
     def __init__(self, command: Sequence[str], envs: range, timeout: float, awake: float) -> None:
         self.envs, self.timeout, self.awake, self.last_id = envs, timeout, awake, 0
+        self.core: int | None = None  # that it is held to
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
         command = [*map(os.fspath, command), "--num-envs", str(len(envs)), "--awake", str(awake)]

@@ -234,6 +234,10 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     except OSError:  # --help | head, and nobody reads the rest
         os._exit(1)
 
+# Between its tasks torch's second thread (see train) stays awake: for microseconds now, not for milliseconds, since
+# somebody else may need the core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -247,9 +251,9 @@ class Inputs(nn.Module):
     such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and standard
     deviation 1, and clipped at five of these (observation normalisation and clipping: [3], details 6 and 7 for
     continuous actions).  Means and deviations are those of all rollouts so far (in the first update all inputs are 0:
-    every action is equally likely, and only the output biases learn).  They come from sums, which are buffers: saved
-    with the weights, changed only by ``update``, and float64, in which whole numbers are exact up to 2**53
-    (``.float()`` and ``.half()`` would spoil them).
+    every action is equally likely, and only the output biases learn).  They and the sums that they come from are
+    buffers: saved with the weights, changed only by ``update``.  The sums are float64, in which whole numbers are exact
+    up to 2**53 (``.float()`` and ``.half()`` would spoil them).
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -262,6 +266,8 @@ class Inputs(nn.Module):
         self.count: torch.Tensor = nn.Buffer(torch.zeros((), dtype=torch.float64))  # the observations so far
         self.total: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) sum of each number
         self.squares: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) of its square
+        self.mean: torch.Tensor = nn.Buffer(torch.zeros(self.size))  # (F * K,) of each number
+        self.scale: torch.Tensor = nn.Buffer(torch.zeros(self.size))  # (F * K,) 1 / its standard deviation
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
@@ -273,18 +279,26 @@ class Inputs(nn.Module):
         return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        count = self.count.clamp(min=1)
-        mean = self.total / count
-        variance = self.squares / count - mean.square()
-        scale = torch.where(variance > 0, variance.rsqrt(), 0)  # what has never changed says nothing: 0
-        return ((self.raw(observations) - mean.float()) * scale.float()).clamp(-5, 5)
+        return ((self.raw(observations) - self.mean) * self.scale).clamp(-5, 5)
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
-        raw = self.raw(observations).flatten(0, -2).double()
+        raw = self.raw(observations).flatten(0, -2)
         self.count += len(raw)
-        self.total += raw.sum(0)
-        self.squares += raw.square().sum(0)
+        self.total += raw.sum(0, dtype=torch.float64)
+        self.squares += raw.square().sum(0, dtype=torch.float64)
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean.square()
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(variance > 0, variance.rsqrt(), 0))  # what has never changed says nothing: 0
+
+
+class InputLinear(nn.Linear):
+    """nn.Linear without the inputs that are 0 in every sample, to save time: here three in four never change."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        used = inputs.reshape(-1, self.in_features).any(0)  # (F * K,) bool
+        return nn.functional.linear(inputs[..., used], self.weight[:, used], self.bias)
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
@@ -294,7 +308,7 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
     smaller relative to them.  No norm follows the last layer: there the gain matters.
     """
-    layers = [nn.Linear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
+    layers = [InputLinear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -560,11 +574,14 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
-    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
+    used = matrix.any(0)  # columns of zeros would stay zeros: left out, they cost no time
+    x = matrix[:, used] / (matrix.norm() + 1e-7)  # no singular value is above 1
     for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x
+        square = x.T @ x
+        x = 3.4445 * x + x @ (-4.775 * square + 2.0315 * square @ square)
+    result = torch.zeros_like(matrix)
+    result[:, used] = x
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -609,7 +626,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
     or TypeError (a session that does not show stacks of bytes).
     """
-    torch.set_num_threads(1)  # a second one would spin between its tasks, and take a core from the emulators
+    torch.set_num_threads(1)  # while emulators step: a second one would take a core from them
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     with contextlib.ExitStack() as resources:  # both sessions are closed in the end, whatever happens
@@ -627,6 +644,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
+        critic.inputs = actor.inputs  # both are shown the same numbers
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam mostly follows what many samples have in
@@ -684,15 +702,17 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             for optimizer, factor in (muon, 2), (adam, 1):
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
-            observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
+            torch.set_num_threads(min(2, CORES))  # the emulators rest meanwhile
+            inputs = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, F * K), the same in every pass
+            actions = rollout.actions.flatten()  # (T * N,)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
             for _ in range(args.update_epochs):
                 order = torch.randperm(len(actions), device=device)
                 for minibatch in order.chunk(args.num_minibatches):  # (B,) indices
                     loss, info = ppo_loss(
-                        actor(observations[minibatch]),
-                        critic(observations[minibatch]),
+                        actor.net(inputs[minibatch]),
+                        critic.net(inputs[minibatch]).squeeze(-1),
                         actions[minibatch],
                         old_log_probs[minibatch],
                         advantages[minibatch],
@@ -718,7 +738,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # From here on, inputs are scaled by what was seen in this rollout, too.  Not earlier: the policy
             # that acted, whose probabilities the ratio compares with, saw them as they were.
             actor.inputs.update(rollout.observations)
-            critic.inputs.update(rollout.observations)
+            torch.set_num_threads(1)
 
             # Evaluate and log.  Fresh episodes decide whether it is solved: played when an evaluation reaches the goal
             # (training goes on if they do not confirm it), and after the last update.

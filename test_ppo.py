@@ -940,6 +940,29 @@ def test_servers_are_held_to_a_core_each_where_there_is_one_for_every_core():
         alone = workers == len(cores) and server_command is None
         assert held == ([[core] for core in cores] if alone else [cores] * workers)
         assert sorted(os.sched_getaffinity(0)) == cores  # the trainer may go where it likes
+        assert gym_bridge._current_core() in cores
+
+
+def test_the_server_on_the_trainers_core_is_asked_last(monkeypatch):
+    """It would interrupt the trainer before the other has been asked; the numbers are the same."""
+    asked, send = [], gym_bridge._Server.send
+
+    def noted(server, *args):
+        asked.append(server.envs.start)
+        send(server, *args)
+
+    with GymnasiumSession("CartPole-v1", CARTPOLE, 4, 2) as session, cartpole_session(4) as native_session:
+        first, second = session._servers
+        first.core, second.core = 5, 6
+        for each in session, native_session:
+            each.reset(0)
+        monkeypatch.setattr(gym_bridge._Server, "send", noted)
+        for core in 5, 6, 9, None:
+            monkeypatch.setattr(gym_bridge, "_current_core", lambda core=core: core)
+            ours, theirs = (each.step([0, 1, 1, 0]).next_observation for each in (session, native_session))
+            assert np.array_equal(ours, theirs)
+        monkeypatch.undo()
+    assert asked == [2, 0, 0, 2, 0, 2, 0, 2]
 
 
 def test_actions_arrive_as_gymnasium_gives_them(workplace):
@@ -2433,11 +2456,12 @@ with NativeSession([Counting(), Counting()], Contract((2,), 3)) as session:
         "[[False, False], [False, False], [True, True], [False, False]] (2,)\n",
     ),
     (
-        [pong.Inputs, pong.Muon, pong.orthogonalize],
+        [pong.Inputs, pong.InputLinear, pong.Muon, pong.orthogonalize],
         "import math, torch; from torch import nn; from typing import Any",
         """
 inputs, seen = Inputs((2, 3)), torch.arange(24, dtype=torch.uint8).view(4, 2, 3)
 inputs.update(seen)
+InputLinear(6, 2)(inputs(seen))
 weights = nn.Parameter(torch.eye(2))
 optimizer = Muon([weights])
 weights.sum().backward()
@@ -3048,7 +3072,8 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    assert vars(pong).keys() ^ vars(ppo).keys() == {"CORES", "FRAME_STACK", "Inputs", "Muon", "orthogonalize"}
+    own = {"CORES", "FRAME_STACK", "InputLinear", "Inputs", "Muon", "orthogonalize"}
+    assert vars(pong).keys() ^ vars(ppo).keys() == own
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None", "leniency": "float"}
 
@@ -3112,6 +3137,48 @@ def test_inputs_are_scaled_by_what_was_acted_on(monkeypatch):
         assert torch.equal(network.inputs.total, network.inputs.raw(rollouts[0].observations).double().sum((0, 1)))
         moved = [name for name, weights in before.named_parameters() if not weights.equal(network.get_parameter(name))]
         assert moved == ["net.2.bias"]
+    assert run.actor.inputs is run.critic.inputs
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (7, 4), (4,)])
+@pytest.mark.parametrize("zeros", [[], [1, 3], [0, 1, 2, 3]])
+def test_a_layer_without_inputs_that_are_zero_is_the_whole_layer(shape, zeros):
+    """Against nn.Linear, outputs and gradients; left out is only what is 0 in every sample."""
+    lean, whole = pong.InputLinear(4, 6), torch.nn.Linear(4, 6)
+    whole.load_state_dict(lean.state_dict())
+    inputs = torch.randn(shape)
+    inputs[..., zeros] = 0
+    inputs.view(-1, 4)[0] = 0
+    for layer in lean, whole:
+        (layer(inputs) ** 2).sum().backward()
+    torch.testing.assert_close(lean(inputs), whole(inputs))
+    for name in "weight", "bias":
+        torch.testing.assert_close(lean.get_parameter(name).grad, whole.get_parameter(name).grad)
+
+
+@pytest.mark.skipif(gym_bridge.CORES < 2, reason="needs two cores")
+def test_torch_takes_a_second_thread_only_while_the_emulators_rest(monkeypatch):
+    threads = {
+        name: recorded(pong, name, monkeypatch, lambda *_: torch.get_num_threads())
+        for name in ("collect_rollout", "ppo_loss", "evaluate")
+    }
+    pong.train(small_args(pong), small_session(pong))
+    assert {name: set(numbers) for name, numbers in threads.items()} == {
+        "collect_rollout": {1},
+        "ppo_loss": {2},
+        "evaluate": {1},
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads are not those of GNU's OpenMP")
+@pytest.mark.parametrize(("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_the_second_thread_does_not_stay_awake(given, expected):
+    """What GNU's OpenMP says for itself: it reads the variable once, when torch loads it."""
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    command = [sys.executable, "-c", "import ppo_pong_ram"]
+    done = subprocess.run(command, env=env, cwd=HERE, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
 
 
 def test_pongs_new_actor_is_undecided_and_the_weights_are_orthogonal():

@@ -49,14 +49,14 @@ def memory_of(root: int) -> float:
     return sum(rss for pid, _, rss in rows if pid in family) / 1024
 
 
-def run(command: list[str], folder: str) -> tuple[str, float]:
+def run(command: list[str], folder: str, pause: float = 0.2) -> tuple[str, float]:
     """What it prints, and the peak of its memory in megabytes."""
     with open(Path(folder) / "out.txt", "w+") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, cwd=folder)
         peak = 0.0
         while process.poll() is None:
             peak = max(peak, memory_of(process.pid))
-            time.sleep(0.2)
+            time.sleep(pause)
         if process.returncode:
             sys.exit(f"exit code {process.returncode}: {' '.join(command)}")
         out.seek(0)
