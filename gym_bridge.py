@@ -95,8 +95,8 @@ MAX_ACTIONS = 1 << 16  # one logit for each of them in each environment
 MAX_DESCRIBE_BYTES = 128 << 20  # the bounds of such an image, written out; later replies have a limit of their own
 FINITE = float(np.finfo(np.float32).max)  # networks compute in float32: whatever is larger is infinite to them
 STDERR_LINES = 20  # of the server's stderr, quoted in an error: a traceback fits in
-# The core on which a thread runs, where the C library can tell (Linux).
-_current_core = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "sched_getcpu", lambda: None)
+# The core on which a thread runs, or -1 where the C library cannot tell (it can on Linux).
+_current_core = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "sched_getcpu", lambda: -1)
 
 REQUESTS = {
     "describe": {"id", "cmd"},
@@ -720,7 +720,7 @@ class GymnasiumSession(CheckedSession):
         self._connected = True
         return declared
 
-    def _each(self, last: int | None = None) -> Iterator[_Server]:
+    def _each(self, last: int = -1) -> Iterator[_Server]:
         """Every server in turn, that of core ``last`` at the end; an error during its turn reports its state."""
         for server in sorted(self._servers, key=lambda server: server.core == last):
             self._talking_to = server

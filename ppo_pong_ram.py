@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in 12 to 30 minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in 10 to 30 minutes on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
@@ -9,7 +9,7 @@ of six actions for four frames; in each frame, with probability 0.25, the consol
 instead (sticky actions [6]), so that an action may begin late, and no sequence of moves can be learned by heart.  The
 picture is not looked at: an observation is the console's memory, 128 bytes whose meaning is not told.  Watch the
 sampled return climb from -20, with an approximate KL (how far the policy is from the one that acted, on average over an
-update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.5 .. 0.7 (ln 2 =
+update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.4 .. 0.7 (ln 2 =
 0.69: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
@@ -108,7 +108,7 @@ class Args:
     """
 
     seed: int = 1
-    """fixes all randomness: two runs on one machine (without --cuda) differ only in the time they take"""
+    """fixes all randomness: two runs on one machine (without --cuda, on as many cores) differ only in time"""
     cuda: bool = False
     """run the networks on a GPU"""
     updates: int = 500
@@ -234,8 +234,8 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
     except OSError:  # --help | head, and nobody reads the rest
         os._exit(1)
 
-# Between its tasks torch's second thread (see train) stays awake: for microseconds now, not for milliseconds, since
-# somebody else may need the core.
+# Between its tasks torch's second thread (see train) waits awake, on a core that others may need: for microseconds with
+# this, not milliseconds (GNU's OpenMP, so Linux).  It is read once, when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch  # noqa: E402
@@ -294,7 +294,7 @@ class Inputs(nn.Module):
 
 
 class InputLinear(nn.Linear):
-    """nn.Linear without the inputs that are 0 in every sample, to save time: here three in four never change."""
+    """nn.Linear without inputs that are 0 in every sample, to save time: in Pong three in four, which never change."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         used = inputs.reshape(-1, self.in_features).any(0)  # (F * K,) bool
@@ -320,8 +320,8 @@ class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
     Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimiser makes up
-    for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares nothing with the
-    critic ([3], detail 13).
+    for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares no weights with
+    the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -576,11 +576,13 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T for U S V^T (five Newton-Schulz iterations): singular values become 0.7 to 1.2, tiny ones less."""
     used = matrix.any(0)  # columns of zeros would stay zeros: left out, they cost no time
     x = matrix[:, used] / (matrix.norm() + 1e-7)  # no singular value is above 1
+    wide = x.shape[0] < x.shape[1]
+    x = x.T if wide else x  # so that the square below is the smaller of the two
     for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5: coefficients of [8]
         square = x.T @ x
         x = 3.4445 * x + x @ (-4.775 * square + 2.0315 * square @ square)
     result = torch.zeros_like(matrix)
-    result[:, used] = x
+    result[:, used] = x.T if wide else x
     return result
 
 
@@ -621,7 +623,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     at the end.
     ``args.resume`` continues from the checkpoint, with the flags of ``args`` (filling in the stored ones is main()'s
     work).
-    Seeds torch, and sets its number of threads.
+    Seeds torch, and sets its number of threads (import this file before torch, for the sake of GOMP_SPINCOUNT, above).
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
     or TypeError (a session that does not show stacks of bytes).
@@ -644,7 +646,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
-        critic.inputs = actor.inputs  # both are shown the same numbers
+        critic.inputs = actor.inputs  # one for both: they see the same
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
         # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
         # layers, the first ones too, which [8] would leave to Adam.  Adam mostly follows what many samples have in
@@ -703,7 +705,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
             torch.set_num_threads(min(2, CORES))  # the emulators rest meanwhile
-            inputs = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, F * K), the same in every pass
+            # Scaled once, for both networks and all passes: so it is their .net alone that is called below.
+            inputs = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, F * K)
             actions = rollout.actions.flatten()  # (T * N,)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []

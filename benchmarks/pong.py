@@ -61,7 +61,7 @@ def training(flags: list[str]) -> tuple[float, float]:
         files = ["--log", f"{folder}/log.json", "--checkpoint", f"{folder}/checkpoint.pt"]
         short = ["--updates", "45", "--eval-every", "15", "--eval-max-steps", "1", "--num-workers", "2"]
         command = [sys.executable, str(ROOT / "ppo_pong_ram.py"), *short, *files, *flags]
-        output, memory = run(command, folder, pause=2.0)  # to look costs 10 ms, and no core is free
+        output, memory = run(command, folder, pause=2.0)  # a look takes 7 ms of a core, and none is free
     lines = [line for line in output.splitlines() if line.startswith(("update 15/", "update 45/"))]
     steps, seconds = [], []
     for line in lines:  # "update 15/45  122,880 steps  3,000/s  ..."

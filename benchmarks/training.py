@@ -50,7 +50,7 @@ def memory_of(root: int) -> float:
 
 
 def run(command: list[str], folder: str, pause: float = 0.2) -> tuple[str, float]:
-    """What it prints, and the peak of its memory in megabytes."""
+    """What it prints, and the peak of its memory in megabytes, looked at every ``pause`` seconds."""
     with open(Path(folder) / "out.txt", "w+") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, cwd=folder)
         peak = 0.0

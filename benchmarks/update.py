@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transport import bare, checks, steps_per_second
 
+import ppo_pong_ram  # noqa: F401  (before the other imports torch: it sets how threads wait)
 from gym_bridge import CheckedSession
 
 
