@@ -109,7 +109,7 @@ NUMBERS, BOOLEANS, LISTS = (int, float), (bool, np.bool_), (list, tuple)  # exac
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 RULES = {
-    "declared_space": "declared shape, dtype and actions are the contract's, and the declared range contains its range",
+    "declared_space": "declared shape, dtype and actions are the contract's; its range, if any, lies in the declared",
     "reset_result": "reset returns a tuple (observation, info)",
     "step_result": "step returns a tuple (observation, reward, terminated, truncated, info)",
     "batch_size": "a batch holds one value for each environment",

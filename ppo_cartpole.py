@@ -20,7 +20,7 @@ PPO repeats three things; train(), below, is the loop.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
-The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
+The environments run outside this process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
 
 References
@@ -83,7 +83,7 @@ CONTRACT = Contract(
 )
 MAKE_KWARGS: dict[str, Any] = {}
 SOLVED_RETURN = 475.0  # Gymnasium's own threshold for CartPole-v1
-MAX_INPUTS = 10_000  # numbers in an observation: more of them call for a convolutional network
+MAX_INPUTS = 10_000  # numbers in an observation: these networks are not made for more
 FINAL_EPISODES = 100  # fresh ones, which decide whether it is solved
 
 
@@ -133,7 +133,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters here: clipping and Adam all but undo any such factor"""
+    """weight of the critic's squared error; hardly matters: --max-grad-norm and Adam all but undo any such factor"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -141,7 +141,7 @@ class Args:
     solved_return: float | None = None
     """stop when an evaluation, then fresh episodes, reach this mean; if None, 475 for CartPole-v1, else no goal"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
-    """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
+    """where weights, optimiser state and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
     """continue from --checkpoint; flags not given keep its values (but for files, commands and modules)"""
     watch: bool = False
@@ -220,8 +220,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): in the hidden layers
-    neither signals nor gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
+    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): so no hidden layer makes
+    signals or gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -350,10 +350,10 @@ def gae(
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
     away much of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
-    all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
-    minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
-    (the difference for n = 1), in which the one k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n
-    goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
+    all the noise.  GAE takes every number n: n rewards, discounted, plus gamma^n * V of the state they led to, minus
+    V(s) ([2], eq. 14), and averages with weights (1 - lambda) * lambda^(n-1).  That average equals the sum of all
+    one-step errors, delta (the case n = 1), the one k steps ahead with weight (gamma * lambda)^k ([2], eq. 16).  (Here
+    n goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.

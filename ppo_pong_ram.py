@@ -24,7 +24,7 @@ PPO repeats three things; train(), below, is the loop.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
-The environments run in another process.  gym_bridge.py checks every transition against a contract before this file
+The environments run outside this process.  gym_bridge.py checks every transition against a contract before this file
 sees it: a NaN, a wrong shape or a crashed simulator ends the run with a message, and is never learned from.
 
 References
@@ -95,7 +95,7 @@ MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
 # still be going on.  (An episode begins with its first memory twice, and no action: zeros.)
 FRAME_STACK = 2
 SOLVED_RETURN = 19.0  # 21 points to 2, on average
-MAX_INPUTS = 10_000  # numbers in an observation: more of them call for a convolutional network
+MAX_INPUTS = 10_000  # numbers in an observation: these networks are not made for more
 FINAL_EPISODES = 30  # fresh ones, which decide whether it is solved
 
 
@@ -122,7 +122,7 @@ class Args:
     eval_max_steps: int = 10_000
     """steps after which an evaluation episode is cut short, and its return so far is counted"""
     env_id: str = ENV_ID
-    """another game, such as ALE/Breakout-v5 or my_module:MyGame-v0, whose declared spaces are the contract then"""
+    """a game such as ALE/Breakout-v5 or my_module:MyGame-v0 (it gets obs_type="ram"); its spaces are the contract"""
     num_envs: int = 64
     """N, environments that are stepped together ([3], detail 1); more of them make a less noisy gradient"""
     num_workers: int = min(4, CORES)
@@ -152,7 +152,7 @@ class Args:
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters: clipping, Adam and Muon all but undo any such factor"""
+    """weight of the critic's squared error; hardly matters: --max-grad-norm and the optimisers all but undo it"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -160,7 +160,7 @@ class Args:
     solved_return: float | None = None
     """stop when an evaluation, then fresh episodes, reach this mean; if None, 19 for ALE/Pong-v5, else no goal"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
-    """where weights, optimiser and counters are kept; a new run renames an older one, to .old"""
+    """where weights, optimiser state and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
     """continue from --checkpoint; flags not given keep its values (but for files, commands and modules)"""
     watch: bool = False
@@ -250,10 +250,10 @@ class Inputs(nn.Module):
     A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
     such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and standard
     deviation 1, and clipped at five of these (observation normalisation and clipping: [3], details 6 and 7 for
-    continuous actions).  Means and deviations are those of all rollouts so far (in the first update all inputs are 0:
-    every action is equally likely, and only the output biases learn).  They and the sums that they come from are
-    buffers: saved with the weights, changed only by ``update``.  The sums are float64, in which whole numbers are exact
-    up to 2**53 (``.float()`` and ``.half()`` would spoil them).
+    continuous actions).  Means and deviations are those of all rollouts so far (in the first rollout all inputs are 0:
+    every action is equally likely, and only the output biases learn from it).  They and the sums that they come from
+    are buffers: saved with the weights, changed only by ``update``.  The sums are float64, in which whole numbers are
+    exact up to 2**53 (``.float()`` and ``.half()`` would spoil them).
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -319,7 +319,7 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimiser makes up
+    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimisers make up
     for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares no weights with
     the critic ([3], detail 13).
     """
@@ -441,10 +441,10 @@ def gae(
     Subtracting V(s), which does not depend on the action, leaves the mean of the policy gradient as it is and takes
     away much of its noise.  And how many rewards are summed before the critic's prediction takes over?  After one,
     r + gamma * V(s'), there is little noise, but all of the critic's error; after all of them, none of its error, but
-    all the noise.  GAE averages over every number n: n rewards, discounted, then gamma^n * V of the state they led to,
-    minus V(s) ([2], eq. 14), with weight (1 - lambda) * lambda^(n-1).  That average is a sum of one-step errors, delta
-    (the difference for n = 1), in which the one k steps ahead has weight (gamma * lambda)^k ([2], eq. 16).  (Here n
-    goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
+    all the noise.  GAE takes every number n: n rewards, discounted, plus gamma^n * V of the state they led to, minus
+    V(s) ([2], eq. 14), and averages with weights (1 - lambda) * lambda^(n-1).  That average equals the sum of all
+    one-step errors, delta (the case n = 1), the one k steps ahead with weight (gamma * lambda)^k ([2], eq. 16).  (Here
+    n goes no further than the end of the episode or of the rollout, and the last n has all the weight that is left.)
 
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
@@ -729,7 +729,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
                     # the critic's gradient would decide how much is left of the actor's: a factor that changes with
-                    # every minibatch, and that Adam does not undo.
+                    # every minibatch, and that no optimiser undoes.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     muon.step()
