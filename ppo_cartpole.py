@@ -133,7 +133,7 @@ class Args:
     ent_coef: float = 0.01
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters: --max-grad-norm and Adam all but undo any such factor"""
+    """weight of the critic's squared error; hardly matters: --max-grad-norm and the optimiser all but undo it"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
@@ -570,7 +570,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                     loss.backward()
                     # Differs from [3], detail 11: each network's gradient is clipped by itself.  With a common norm,
                     # the critic's gradient would decide how much is left of the actor's: a factor that changes with
-                    # every minibatch, and that Adam does not undo.
+                    # every minibatch, and that no optimiser undoes.
                     for weights in (actor_weights, critic_weights):
                         nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                     optimizer.step()

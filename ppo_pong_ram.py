@@ -152,7 +152,7 @@ class Args:
     ent_coef: float = 0.03
     """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
     vf_coef: float = 0.5
-    """weight of the critic's squared error; hardly matters: --max-grad-norm and the optimisers all but undo it"""
+    """weight of the critic's squared error; hardly matters: --max-grad-norm and the optimiser all but undo it"""
     max_grad_norm: float = 0.5
     """each network's gradient is scaled down to this norm if its own is larger"""
     target_kl: float | None = None
