@@ -115,7 +115,7 @@ class Args:
     """maximum number of rollouts: training stops when the environment is solved"""
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
-    eval_every: int = 40
+    eval_every: int = 20
     """updates between two evaluations of the greedy policy"""
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
