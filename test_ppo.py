@@ -3159,6 +3159,17 @@ def test_a_layer_without_inputs_that_are_zero_is_the_whole_layer(shape, zeros):
     assert lean(inputs).isfinite().all()  # what is left out is not even looked at
 
 
+def test_a_network_of_float64_computes_what_one_of_float32_does():
+    """Inputs are scaled partly in place: not so that a network's own precision would be lost."""
+    actor = pong.Actor((2, 4), 3)
+    observations = torch.randint(256, (9, 2, 4), dtype=torch.uint8)
+    actor.inputs.update(observations)
+    expected = actor(observations)
+    logits = actor.double()(observations)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits.float(), expected)
+
+
 @pytest.mark.skipif(gym_bridge.CORES < 2, reason="needs two cores")
 def test_torch_takes_a_second_thread_only_while_the_emulators_rest(monkeypatch):
     threads = {
