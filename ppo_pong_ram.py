@@ -90,9 +90,10 @@ CONTRACT = Contract(
     reward_range=(-1.0, 1.0),
 )
 MAKE_KWARGS: dict[str, Any] = {"obs_type": "ram"}
-# What is shown to the networks: the memory of the last two steps, whose difference shows motion plainly (one memory may
-# hold a speed, but with 255 for -1), each followed by the action that led to it, one-hot, since a sticky action may
-# still be going on.  (An episode begins with its first memory twice, and no action: zeros.)
+# What is shown to the networks: the memory of the last two steps, whose difference shows motion plainly (some byte may
+# hold a speed, but a byte has no sign: -1 is 255, far from 0 and 1), each followed by the action that led to it,
+# one-hot, since a sticky action may still be going on.  (An episode begins with its first memory twice, and no action:
+# zeros.)
 FRAME_STACK = 2
 SOLVED_RETURN = 19.0  # 21 points to 2, on average
 MAX_INPUTS = 10_000  # numbers in an observation: these networks are not made for more
@@ -319,9 +320,9 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimisers make up
-    for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares no weights with
-    the critic ([3], detail 13).
+    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimisers mostly
+    make up for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares no
+    weights with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -655,7 +656,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # Adam is torch.optim's; both are spared the import of torch.compile (see Housekeeping).  With eps = 1e-5 ([3],
         # detail 3; torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are
         # set before every update, below.)
-        networks = (actor.net, critic.net)
+        networks = (actor.net, critic.net)  # in this order in the optimisers' param_groups, too
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
         muon = Muon(hidden)
@@ -682,7 +683,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Differs from the paper: at first, more than half of a lost point is forgiven (lenient learning [9]).  As
             # long as most points are lost, the discount pays for losing them later, and so for playing safe: without
             # leniency, some runs give up the shot that wins quickest before they have mastered it, and end below 19.
-            rewards = torch.where(rollout.rewards < 0, 1 - args.leniency * remaining, 1.0) * rollout.rewards  # (T, N)
+            share = 1 - args.leniency * remaining  # of a lost point: 0.4 at first, 1 in the end
+            rewards = rollout.rewards.where(rollout.rewards >= 0, share * rollout.rewards)  # (T, N)
             advantages = gae(
                 rewards,
                 rollout.values,
@@ -874,7 +876,7 @@ class Run:
         """For the environments: other runs, and training and evaluations within a run, play other episodes."""
         number = ("training", "evaluation", "final evaluation").index(purpose)
         seed = np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0]
-        return int(seed >> 1)  # so that seed + i fits into 32 bits, too
+        return int(seed >> 1)  # so that seed + i fits into 32 bits, too: numpy's RandomState takes no more
 
     def start_clock(self) -> None:
         """Speed is counted from here."""
@@ -1161,7 +1163,7 @@ def check_form(name: str, stored: Any, example: Any) -> None:
 
 
 def cloned(tree: Any) -> Any:
-    """A state dict with tensors of its own (copy.deepcopy does the same, in fifteen times the time)."""
+    """A state dict with tensors of its own (copy.deepcopy does the same, in ten times the time)."""
     if isinstance(tree, dict):
         return {key: cloned(value) for key, value in tree.items()}
     return tree.clone() if isinstance(tree, torch.Tensor) else tree
@@ -1315,7 +1317,7 @@ def watch(args: Args) -> None:
         except Exception as error:  # a damaged file can raise anything
             raise BadInput(f"{args.checkpoint} does not fit {args.env_id}: {one_line(error)}") from None
         for episode in range(args.eval_episodes):
-            (episode_return,) = evaluate(session, actor, args.seed + episode, args.eval_max_steps)
+            (episode_return,) = evaluate(session, actor, (args.seed + episode) % 2**32, args.eval_max_steps)
             print(f"episode {episode + 1}: return {episode_return:g}", flush=True)
 
 

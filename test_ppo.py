@@ -4402,8 +4402,10 @@ def test_watch_plays_the_checkpoint(short_run):
     assert "Traceback" not in done.stderr
 
 
-def test_watch_plays_another_episode_each_time(monkeypatch, capsys):
-    args = ppo.Args(seed=7, env_id="odd_envs:Honest-v0", updates=1, eval_episodes=3, num_workers=2)
+@pytest.mark.parametrize("seed", [7, 2**62 + 7])
+def test_watch_plays_another_episode_each_time(monkeypatch, capsys, seed):
+    """Their seeds are consecutive, and fit into 32 bits: more than that some environments refuse."""
+    args = ppo.Args(seed=seed, env_id="odd_envs:Honest-v0", updates=1, eval_episodes=3, num_workers=2)
     ppo.train(args)
     capsys.readouterr()
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
