@@ -63,7 +63,6 @@ import platform
 import select
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -200,7 +199,8 @@ class Contract:
 
     obs_shape, n_actions, obs_dtype: the spaces ``Box(shape=obs_shape, dtype=obs_dtype)`` and ``Discrete(n_actions)``.
     obs_range: (low, high), each a number or nested as ``obs_shape``; ``None`` demands no range.  Ends included; NaN
-        lies in no range.  (Held in float64: integers beyond 2**53 are rounded.)
+        lies in no range.  (Compared in obs_dtype, in which values are kept: what is rounded into the range lies in it.
+        Bounds beyond 2**53 are rounded.)
     reward_range: (low, high), likewise.  (Held in float64: np.float32(0.1) lies above 0.1, and outside (0, 0.1).)
     check_obs_finite, check_reward_finite: refuse NaN, infinities, and what would be one in float32.  (In a list an
         infinity is always refused: it may be a number that was too large.  A server always refuses such rewards.)
@@ -613,7 +613,7 @@ class CheckedSession(ABC):
         except BaseException as error:
             self._observation, failure = None, error
             try:
-                if isinstance(error, Exception) and not isinstance(error, SessionFailure):  # nobody has thought of it
+                if not isinstance(error, SessionFailure) and not _is_of_a_signal(error):  # nobody has thought of it
                     failure = BridgeError(_show_error(error))
                 if isinstance(failure, SessionFailure):
                     failure.stage = stage
@@ -774,6 +774,8 @@ class NativeSession(CheckedSession):
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
         envs = [copy.deepcopy(self._envs[i % self.num_envs]) for i in range(num_envs)]
+        if any(env is own for env in envs for own in self._envs):
+            raise ValueError("an environment's copy is itself, so that a twin would step this session's environments")
         return NativeSession(envs, self.contract, self.frame_stack, self.append_action)
 
     def _reset(self, seed: int | None) -> Array:
@@ -843,7 +845,8 @@ class _Server:
         while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(lowest_free)
-        # Nothing is ever written to the lifeline.  However this process ends, it closes, and that kills the server.
+        # Nothing is ever written to the lifeline.  However this process ends, it closes, and that kills the server,
+        # whatever it is, and even if it hangs: the kernel has been told so, by us.
         lifeline, held = os.pipe()
         self.lifeline = os.fdopen(held, "wb", 0)
         command += ["--lifeline", str(lifeline)]
@@ -857,6 +860,7 @@ class _Server:
                 pass_fds=[lifeline],
                 start_new_session=True,  # a process group of its own: Ctrl-C is the trainer's, and kill reaches all
             )
+            _kill_when_closed(lifeline, self.process.pid)
         except (OSError, ValueError) as error:
             self.lifeline.close()
             raise BridgeError(f"cannot start the environment server: {error}\n[{shlex.join(command)[:1000]}]") from None
@@ -867,6 +871,7 @@ class _Server:
         self.stdin: int = self.process.stdin.fileno()  # type: ignore[union-attr]
         self.stdout: int = self.process.stdout.fileno()  # type: ignore[union-attr]
         os.set_blocking(self.stdin, False)
+        os.set_blocking(self.stdout, False)  # a server could take back what poll() has seen
         self.readable, self.writable = select.poll(), select.poll()
         self.readable.register(self.stdout, select.POLLIN)
         self.writable.register(self.stdin, select.POLLOUT)
@@ -906,14 +911,15 @@ class _Server:
             raise BridgeError(f"more than one reply to one request: {_show(rest)}")
         del reply["id"]
         if not reply.pop("ok"):
-            _decode_error(reply, self.envs)
+            _decode_error(reply, self.envs, starting=self.last_id == 1)
         return reply
 
     def _read(self, deadline: float) -> bytes:
         """What the server writes until there is a line end in it."""
         data, chunk, grace = bytearray(), b"", STOPPED_GRACE
         while b"\n" not in chunk:
-            if not _poll(self.readable, deadline, self.awake):
+            ready = _poll(self.readable, deadline, self.awake)
+            if not ready or time.monotonic() > deadline:
                 # By how much the wait was too long: next to nothing, unless this process was stopped.
                 if (late := min(time.monotonic() - deadline, grace)) <= 0:
                     raise BridgeError(f"no whole reply within {self.timeout:g} s; so far {_show(bytes(data))}")
@@ -940,6 +946,19 @@ class _Server:
         lines = self.stderr_tail.decode(errors="replace").splitlines()[-STDERR_LINES:]
         last = "; its last lines on stderr:\n  " + "\n  ".join(lines) if lines else ""
         return f"server pid {self.process.pid}, {state}{last}"
+
+
+def _kill_when_closed(pipe: int, group: int) -> None:
+    """Ask the kernel to kill a process group when the writing end of ``pipe`` is closed (Linux; macOS cannot).
+
+    That stays with the reading end: it holds for as long as someone in the group has that open.
+    """
+    import fcntl  # not on Windows, where this is never called
+
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
+        fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(pipe, fcntl.F_GETFL))
 
 
 def _drain(stderr: IO[bytes], tail: bytearray) -> None:
@@ -1036,7 +1055,7 @@ def _keys(reply: dict[str, Any], required: set[str], optional: Collection[str] =
         raise BridgeError(f"the reply has unknown {_show(sorted(unknown))}")
 
 
-def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
+def _decode_error(reply: dict[str, Any], envs: range, starting: bool) -> NoReturn:
     """A failed request: the environment raised, or the server itself saw a rule broken."""
     _keys(reply, {"error"}, {"traceback", "env", "rule", "expected", "got"})
     env = reply.get("env")
@@ -1047,7 +1066,7 @@ def _decode_error(reply: dict[str, Any], envs: range) -> NoReturn:
     if reply.keys() >= {"rule", "expected", "got"} and reply["rule"] in RULES:
         raise ContractViolation(reply["rule"], reply["expected"], reply["got"], env)
     failure = BridgeError("\n".join([reply["error"], reply.get("traceback", "").rstrip()]).rstrip(), env)
-    if env is None and "traceback" not in reply:
+    if starting and env is None and "traceback" not in reply:
         failure.server = ""  # the server is well: what was asked of it cannot be
     raise failure
 
@@ -1294,28 +1313,11 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
         made[0].close()
 
 
-def _leave_with_the_trainer(wire_in: int, lifeline: int | None, grace: float) -> None:
-    """See to it that this process group does not outlive the trainer, even if an environment hangs.
-
-    On Linux the kernel kills the group when the lifeline closes, whatever the group is doing.  Elsewhere, and at the
-    far end of a docker or an ssh, a thread watches the wire: when it is hung up, the main loop has ``grace`` seconds.
-    """
-    import fcntl  # not on Windows, where this is never called
-
-    with contextlib.suppress(OSError, AttributeError):  # no such call on macOS
-        if lifeline is not None:
-            os.set_inheritable(lifeline, False)
-            fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-            fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)  # type: ignore[attr-defined, unused-ignore]
-            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | fcntl.fcntl(lifeline, fcntl.F_GETFL))
-            closed = select.poll()
-            closed.register(lifeline, 0)
-            if closed.poll(0):  # before the kernel was asked to watch it
-                os.killpg(0, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(wire_in, grace), daemon=True).start()
-
-
 def _watch(wire_in: int, grace: float) -> None:
+    """See to it that this process group does not outlive the trainer where the lifeline does not reach.
+
+    That is on macOS, and at the far end of a docker or an ssh.  When the wire is hung up, it has ``grace`` seconds.
+    """
     hang_up = select.poll()
     # macOS sees only what it is asked for, and only once: hence the loop.  A socket (ssh) may be hung up on one side.
     hang_up.register(wire_in, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
@@ -1344,9 +1346,6 @@ def _main() -> None:
         parser.error("needs Linux or macOS; on Windows, run it inside WSL")
     if args.num_envs < 1:
         parser.error("--num-envs must be at least 1")
-    lifeline: int | None = None
-    with contextlib.suppress(OSError):  # over ssh nothing is open under this number; look before os.dup takes it
-        lifeline = args.lifeline if stat.S_ISFIFO(os.fstat(args.lifeline).st_mode) else None
     wire_in, wire_out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # from here on, print() and printf() cannot touch the wire
@@ -1356,7 +1355,7 @@ def _main() -> None:
     if args.lifeline >= 0 or os.getsid(0) == os.getpid():
         # A trainer that hangs up has been answered, or will not listen; whoever piped requests in wants them answered.
         grace = CLOSE_GRACE + TERMINATE_GRACE if args.lifeline >= 0 else TIMEOUT
-        _leave_with_the_trainer(wire_in, lifeline, grace)
+        threading.Thread(target=_watch, args=(wire_in, grace), daemon=True).start()
     _serve(args.env_id, args.num_envs, args.make_kwargs, args.awake, wire_in, wire_out)
 
 

@@ -840,6 +840,8 @@ class Run:
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
             if not self.rows:
+                if isinstance(error, KeyboardInterrupt):
+                    print("nothing is saved before the first evaluation has ended", file=sys.stderr)
                 raise
             with uninterrupted():
                 if self.rows[-1] < self.update:
@@ -965,6 +967,8 @@ def check_args(args: Args) -> None:
                 raise OSError("it is no file")
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot write {path}: {error}") from None
+    if args.checkpoint.exists() and not zipfile.is_zipfile(args.checkpoint):
+        raise BadInput(f"{args.checkpoint} is there already, and is no checkpoint: name another file")
 
 
 def part_of(path: Path) -> Path:
@@ -1066,12 +1070,15 @@ def stored_args(args: Args) -> Args:
         names = asdict(args).keys()
         if stored.keys() != names:
             raise ValueError(f"missing {sorted(names - stored.keys())}, unknown {sorted(stored.keys() - names)}")
+        log = stored["log"]
         stored |= {name: getattr(args, name) for name in ("log", "checkpoint", "server_command", "resume", "watch")}
         restored = Args(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{args.checkpoint} does not hold this script's arguments: {error}") from None
     if ":" in restored.env_id and restored.env_id != args.env_id:
         raise BadInput(f"{args.checkpoint}: to run its environment's module, say --env-id {restored.env_id!r}")
+    if args.resume and args.log == Args.log and log != str(Args.log):  # another run's log may lie there
+        raise BadInput(f"{args.checkpoint}: to go on with its log, say --log {log!r}")
     return restored
 
 

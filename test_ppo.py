@@ -505,6 +505,13 @@ def test_a_native_twin_is_of_every_environment():
         assert twin.step([0, 0]).reward.tolist() == [0.5, 0.0]
 
 
+def test_a_native_twin_is_not_of_environments_that_are_their_own_copies():
+    odd = importlib.import_module("odd_envs").Odd()
+    odd.__deepcopy__ = lambda memo: odd
+    with NativeSession([odd], ODD) as session, pytest.raises(ValueError, match="an environment's copy is itself"):
+        session.twin(1)
+
+
 ACTION_ROWS = [
     ("accept_list", [0, 1], None),
     ("accept_int32", np.array([1, 0], np.int32), None),
@@ -1293,7 +1300,7 @@ def test_the_error_names_the_environment_with_the_bad_value(workplace, row, name
 )
 def test_an_error_reply_that_names_what_there_is_not(workplace, error, message):
     fault = f"reply = {{'id': reply['id'], 'ok': False, 'error': 'boom', **{error!r}}}"
-    with pytest.raises(BridgeError, match=message):
+    with pytest.raises(BridgeError, match=message + r"[^[]*\n\[server pid \d+, was running"):
         fake_session(workplace, "reset", fault).reset(0)
 
 
@@ -1638,6 +1645,15 @@ def test_an_environment_that_leaves_the_program(what, kind):
         session.step([0, 0, 0])
 
 
+def test_a_reward_that_leaves_the_program_when_it_is_looked_at():
+    case = "reward = type('R', (np.float64,), {'__float__': lambda self: exit(0)})(1.0)"
+    session = odd_session("native", case, "step")
+    session.reset(0)
+    session.step([0, 0, 0])
+    with pytest.raises(BridgeError, match="step 2: SystemExit: 0"):
+        session.step([0, 0, 0])
+
+
 def test_an_error_of_any_length_names_its_environment():
     with odd_session("1 worker", "raise ValueError(chr(0x1F600) * 120_000)", "step") as session:
         session.reset(0)
@@ -1944,6 +1960,24 @@ while True: session.step([0, 0])
     trainer.stdout.close()
 
 
+def test_whatever_stands_in_for_a_server_does_not_outlive_a_killed_trainer():
+    """Before it has said a word, too: this one will never."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+from gym_bridge import *
+command = ["sh", "-c", "trap '' TERM HUP; sleep 60; true"]
+session = GymnasiumSession("Fake-v0", Contract((2,), 2), 2, server_command=command, wait=False)
+print(session._servers[0].process.pid, flush=True)
+session.reset(0)
+"""], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    pid = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    assert_gone(pid)
+    trainer.stdout.close()
+
+
 def test_a_server_behind_a_launcher_that_stays_and_drops_descriptors_does_not_outlive_a_killed_trainer():
     """It neither leads its session nor has the lifeline, but knows that there was one."""
     trainer = subprocess.Popen(
@@ -2182,8 +2216,8 @@ def oracle(line):
         else:
             assert type(raw) is list
             assert all(type(number) in (int, float) for number in raw)
-            assert all(abs(number) <= 1 for number in raw)
-            numbers = [float(np.float32(number)) for number in raw]
+            assert all(abs(number) < 2 for number in raw)
+            numbers = [float(np.float32(number)) for number in raw]  # what is rounded to 1 lies in the range
         assert len(numbers) == 2
         assert all(-1 <= number <= 1 for number in numbers)
         return numbers
@@ -4385,9 +4419,25 @@ def test_a_strangers_checkpoint_runs_no_command_and_names_no_file(short_run, fla
     state["args"] |= {"server_command": "touch pwned", "log": "overwritten.json"}
     torch.save(state, "stranger.pt")
     flags = ["--checkpoint", "stranger.pt", "--eval-episodes", "1", "--eval-max-steps", "3"]
+    flags += ["--log", "own.json"] if flag == "--resume" else []
     assert run_script(flag, *flags, SDL_VIDEODRIVER="dummy").returncode == 0
     assert not Path("pwned").exists()
     assert not Path("overwritten.json").exists()
+
+
+def test_a_resumed_run_does_not_overwrite_the_log_of_another():
+    """A log at another place has to be named again."""
+    kept = ["--log", "kept/log.json", "--checkpoint", "kept/one.pt", *SHORT]
+    assert run_script(*kept).returncode == 0
+    assert run_script(*SHORT, "--seed", "2").returncode == 0
+    before = Path("data/rl/ppo_cartpole_trainlog.json").read_bytes()
+    done = run_script("--resume", "--checkpoint", "kept/one.pt")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ppo_cartpole.py: kept/one.pt: to go on with its log, say --log 'kept/log.json'\n",
+    )
+    assert Path("data/rl/ppo_cartpole_trainlog.json").read_bytes() == before
+    assert run_script("--resume", *kept).returncode == 0
 
 
 def test_watch_plays_the_checkpoint(short_run):
@@ -4465,7 +4515,8 @@ def test_ctrl_c_while_the_servers_start():
 
     until(lambda: str(process.pid) in parents())
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "ppo_cartpole.py: interrupted\n"
+    nothing = "nothing is saved before the first evaluation has ended\n"
+    assert process.communicate(timeout=20)[1] == nothing + "ppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
 
 
@@ -4702,6 +4753,7 @@ PERSON_ROWS = [
     ("picture_over_checkpoint", ["--log", "1.json", "--checkpoint", "1.svg"], "must be different files"),
     ("log_nowhere", ["--log", "/proc/nowhere/log.json"], "cannot write /proc/nowhere/log.json"),
     ("checkpoint_is_folder", ["--checkpoint", ".."], "cannot write .."),
+    ("checkpoint_is_another_file", ["--checkpoint", "odd_envs.py"], "odd_envs.py is there already, and is no"),
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
     ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),

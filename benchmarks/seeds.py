@@ -51,4 +51,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the script has said so, and what it has saved (without --keep, in vain)
+        sys.exit(130)
