@@ -480,7 +480,7 @@ class CheckedSession(ABC):
     Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's, changed by these two),
     ``transitions_checked``, ``versions`` (what the environments run on).
     ``reset`` and ``step`` raise ContractViolation or BridgeError; after that the session is dead.  It belongs to one
-    process and one thread.
+    process, and one thread at a time.
     """
 
     def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:
@@ -495,7 +495,7 @@ class CheckedSession(ABC):
         self._observation: Array | None = None
         self._dead: str | None = None
         self._closed = False
-        self._process = os.getpid()
+        self._process, self._turn = os.getpid(), threading.Lock()
 
     @property
     def obs_shape(self) -> tuple[int, ...]:
@@ -600,10 +600,11 @@ class CheckedSession(ABC):
 
         While it runs, the session counts as dead to the environment being stepped and to signal handlers.
         """
-        if self._dead is not None:
-            raise BridgeError(f"this session is dead: {self._dead}")
         if self._process != os.getpid():  # one would take the other's reply for its own
             raise BridgeError("this session belongs to the process that opened it, not to one forked from there")
+        # Two threads could both find it alive: hence the lock.  (Once dead, it may keep that.)
+        if not self._turn.acquire(blocking=False) or self._dead is not None:
+            raise BridgeError(f"this session is dead: {self._dead or 'another thread is in it'}")
         self._dead = f"its {stage} has not ended"
         try:
             yield
@@ -626,6 +627,8 @@ class CheckedSession(ABC):
             if failure is not error:
                 raise failure from error
             raise
+        finally:
+            self._turn.release()
 
 
 class GymnasiumSession(CheckedSession):

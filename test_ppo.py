@@ -2046,6 +2046,44 @@ def test_a_second_ctrl_c_while_servers_are_being_ended(workplace, ctrl_c, monkey
         session.step([0, 1, 0])
 
 
+def test_two_threads_do_not_mix_their_steps():
+    """Each step is one thread's, whole; the other is refused meanwhile."""
+
+    class Clock:
+        def reset(self, seed=None):
+            self.t = 0.0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.full(1, self.t, np.float32), 0.0, False, False, {}
+
+    session = NativeSession([Clock()], Contract((1,), 2))
+    session.reset(0)
+    taken, refused = [], []
+
+    def step():
+        for _ in range(10_000):
+            try:
+                transition = session.step([0])
+                taken.append((transition.observation.item(), transition.next_observation.item()))
+            except BridgeError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # they take turns as often as they can
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert sorted(taken) == [(t, t + 1) for t in range(len(taken))]
+    assert len(taken) == session.transitions_checked == 20_000 - len(refused)
+    reasons = "its step has not ended", "another thread is in it"
+    assert set(refused) <= {f"this session is dead: {reason}" for reason in reasons}
+
+
 def test_sessions_leave_no_descriptor_and_no_thread_behind(workplace):
     def open_and_close():
         session = fake_session(workplace, "step", "sys.exit(3)")
