@@ -1147,16 +1147,17 @@ def _decode_step(reply: dict[str, Any], envs: range, contract: Contract) -> _Bat
 def _decode_observations(raw: object, envs: Sequence[int], contract: Contract) -> Array:
     """(len(envs), *obs_shape) from base64, or from nested lists (a server that speaks no base64 is understood)."""
     if type(raw) is str:
+        env = envs[0] if len(envs) == 1 else None
         try:
             data = base64.b64decode(raw, validate=True)
         except ValueError as error:
-            raise ContractViolation("obs_type", f"base64 ({error})", _show(raw)) from None
+            raise ContractViolation("obs_type", f"base64 ({error})", _show(raw), env) from None
         dtype = contract._dtype
         shape = (len(envs), *contract.obs_shape)
         size = math.prod(shape) * dtype.itemsize
         if len(data) != size or len(raw) != (size + 2) // 3 * 4:  # Python 3.12 lets "=" too many pass
             got = f"{len(data)} bytes in {len(raw)} characters"
-            raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", got)
+            raise ContractViolation("obs_shape", f"{shape} of {dtype.name} in base64", got, env)
         return np.ndarray(shape, dtype.newbyteorder("<"), data).astype(dtype)
     if type(raw) is not list or len(raw) != len(envs):
         raise ContractViolation("batch_size", f"observations of {len(envs)} environments", _show(raw))

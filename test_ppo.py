@@ -1277,6 +1277,10 @@ BATCH_ROWS = [
      r"reset_obs broken: expected none \(it did not finish\) for this environment, got one"),
     ("reject_base64_with_nan", "step", "b = struct.pack('<ff', 0.5, float('nan')); a = struct.pack('<ff', 0, 0); "
      "reply['next_obs'] = base64.b64encode(b''.join(b if i == ENV else a for i in range(n))).decode()", "obs_finite"),
+    ("reject_short_base64_of_a_first_observation", "step",
+     "reply['truncated'][ENV] = True; reply['reset_obs']['ENV'] = 'AAAA'", "obs_shape"),
+    ("reject_no_base64_of_a_first_observation", "step",
+     "reply['truncated'][ENV] = True; reply['reset_obs']['ENV'] = '?' * 12", "obs_type"),
 ]  # fmt: skip
 
 
