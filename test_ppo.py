@@ -4557,9 +4557,25 @@ def test_ctrl_c_while_the_servers_start():
 
     until(lambda: str(process.pid) in parents())
     process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1].endswith("ppo_cartpole.py: interrupted\n")
+    assert process.returncode == 130
+
+
+def test_ctrl_c_before_there_is_anything_to_save():
+    command = [sys.executable, "-u", str(HERE / "ppo_cartpole.py"), "--server-command", "sleep-walker"]
+    Path("sleep-walker").write_text("#!/bin/sh\nsleep 60\n")
+    Path("sleep-walker").chmod(0o755)
+    path = {"PATH": f"{os.getcwd()}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **path}
+    )
+    assert process.stdout.readline() == "PPO on CartPole-v1, seed 1: starting 8 environments\n"
+    time.sleep(0.3)  # it waits for the servers now
+    process.send_signal(signal.SIGINT)
     nothing = "nothing is saved before the first evaluation has ended\n"
     assert process.communicate(timeout=20)[1] == nothing + "ppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
+    assert not Path("data/rl/ppo_cartpole.pt").exists()
 
 
 @pytest.mark.parametrize("times", [1, 2])
