@@ -479,8 +479,8 @@ class CheckedSession(ABC):
 
     Attributes: ``num_envs``, ``contract``, ``obs_shape`` (of what is shown: the contract's, changed by these two),
     ``transitions_checked``, ``versions`` (what the environments run on).
-    ``reset`` and ``step`` raise ContractViolation or BridgeError; after that the session is dead.  It belongs to one
-    process, and one thread at a time.
+    ``reset`` and ``step`` raise ContractViolation or BridgeError, or what a signal handler raises meanwhile; after that
+    the session is dead.  It belongs to one process, and one thread at a time.
     """
 
     def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:

@@ -943,7 +943,7 @@ class BadInput(Exception):
 
 
 def check_args(args: Args) -> None:
-    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
+    """Raises BadInput for sizes that do not go together, and for files that cannot, or should not, be written.
 
     Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
     """

@@ -307,8 +307,8 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 
     LayerNorm (a sample's 128 numbers get mean 0 and standard deviation 1, then a scale and an offset that are learned)
     cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
-    smaller relative to them.  No norm follows the last layer: there the gain matters.  (With tanh as in ppo_cartpole.py
-    Pong is learned more slowly, with ReLU alone about as fast, but less well in the end.)
+    smaller relative to them.  No norm follows the last layer: there the gain matters.  (With tanh, as for CartPole,
+    two runs learned more slowly; with ReLU alone, two fell behind after two million steps.)
     """
     layers = [InputLinear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -1112,7 +1112,7 @@ class BadInput(Exception):
 
 
 def check_args(args: Args) -> None:
-    """Raises BadInput for sizes that do not go together, and for files that cannot be written.
+    """Raises BadInput for sizes that do not go together, and for files that cannot, or should not, be written.
 
     Better said now than after an hour of training.  (Not said by Args: with --resume, some sizes are the checkpoint's.)
     """

@@ -1772,6 +1772,28 @@ def test_a_sigterm_that_ends_the_trainer_is_not_a_native_environments_failure(me
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("kind", ["native", "1 worker"])
+def test_what_a_signal_handler_raises_arrives_as_it_is(kind):
+    """Someone else's deadline, say: no failure of the environment."""
+
+    def handler(*_):
+        raise TimeoutError("enough")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        session = odd_session(kind, "import time; time.sleep(20)", "step")
+        session.reset(0)
+        session.step([0, 0, 0])
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TimeoutError, match="enough"):
+            session.step([0, 0, 0])
+        with pytest.raises(BridgeError, match="this session is dead"):
+            session.step([0, 0, 0])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_ctrl_c_that_an_environment_raises_in_a_server_is_its_failure():
     session = odd_session("1 worker", "raise KeyboardInterrupt", "step")
     session.reset(0)
