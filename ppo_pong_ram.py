@@ -55,6 +55,7 @@ Legend, used in shape comments
 from __future__ import annotations
 
 import contextlib
+import gc
 import html
 import inspect
 import io
@@ -75,6 +76,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import tyro
+from numpy.random import SeedSequence  # now: while numpy.random is imported, a Ctrl-C can be lost
 
 from gym_bridge import CORES, CheckedSession, Contract, ContractViolation, GymnasiumSession, SessionFailure, Transition
 
@@ -228,8 +230,10 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
 
 
 STARTED = time.perf_counter()  # the seconds of a run are counted from here
-if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes a second, is imported
+if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes most of a second, is imported
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
+    # Until main(), too: Python would look for garbage among torch's objects again and again, which takes 0.3 s in all.
+    gc.disable()
     try:
         tyro.cli(Args)
     except OSError:  # --help | head, and nobody reads the rest
@@ -876,7 +880,7 @@ class Run:
     def episode_seed(self, purpose: str) -> int:
         """For the environments: other runs, and training and evaluations within a run, play other episodes."""
         number = ("training", "evaluation", "final evaluation").index(purpose)
-        seed = np.random.SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0]
+        seed = SeedSequence([self.args.seed, number, self.update]).generate_state(1)[0]
         return int(seed >> 1)  # so that seed + i fits into 32 bits, too: numpy's RandomState takes no more
 
     def start_clock(self) -> None:
@@ -1341,6 +1345,8 @@ def stop(message: object, code: int) -> NoReturn:
 
 
 def main() -> None:
+    gc.freeze()  # what was imported stays, and need not be looked through at the end either
+    gc.enable()
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -4583,6 +4583,23 @@ def test_ctrl_c_while_the_servers_start():
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("script", ["ppo_cartpole", "ppo_pong_ram"])
+def test_nothing_compiled_is_imported_once_training_has_begun(script):
+    """While numpy.random is, an exception can be lost: one Ctrl-C in ten was, while the servers started."""
+    flags = "updates=1, num_envs=2, num_workers=1, num_steps=8, eval_episodes=1, eval_max_steps=2"
+    code = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import {script} as ppo
+before = set(sys.modules)
+ppo.train(ppo.Args({flags}))
+files = [getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before]
+print([file for file in files if file and not file.endswith(".py")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
+
+
 def test_ctrl_c_before_there_is_anything_to_save():
     command = [sys.executable, "-u", str(HERE / "ppo_cartpole.py"), "--server-command", "sleep-walker"]
     Path("sleep-walker").write_text("#!/bin/sh\nsleep 60\n")
@@ -4881,6 +4898,25 @@ def test_a_checkpoint_of_another_run_is_refused(short_run, flags, message):
     done = run_script("--resume", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), *flags)
     assert done.returncode == 2
     assert done.stderr == f"ppo_cartpole.py: {folder}/data/rl/ppo_cartpole.pt {message}\n"
+
+
+@pytest.mark.parametrize("script", ["ppo_cartpole.py", "ppo_pong_ram.py"])
+def test_garbage_is_collected_once_torch_has_been_imported(script):
+    """Not before: that takes a third of the import's time.  And what was imported is not looked through later."""
+    code = f"""
+import gc, runpy, sys
+searches = []
+gc.callbacks.append(lambda phase, info: searches.append(info["generation"]))
+sys.path.insert(0, {str(HERE)!r})
+sys.argv = [{script!r}, "--watch"]
+try:
+    runpy.run_path({str(HERE / script)!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, 2 in searches, gc.isenabled(), gc.get_freeze_count() > 50_000, len(gc.get_objects()) < 20_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "there is no checkpoint" in done.stderr
+    assert done.stdout.split() == ["2", "False", "True", "True", "True"]
 
 
 def test_help_names_every_flag_and_says_what_it_does():
