@@ -76,7 +76,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import tyro
-from numpy.random import SeedSequence  # now: while numpy.random is imported, a Ctrl-C can be lost
 
 from gym_bridge import CORES, CheckedSession, Contract, ContractViolation, GymnasiumSession, SessionFailure, Transition
 
@@ -244,6 +243,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch  # noqa: E402
+from numpy.random import SeedSequence  # noqa: E402  (imported later, in main(), it could swallow a Ctrl-C)
 from torch import nn  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- actor and critic
