@@ -240,7 +240,7 @@ if __name__ == "__main__":  # --help and bad flags are answered before torch, wh
 
 # Between its tasks torch's second thread (see train) waits awake, on a core that others may need: for microseconds with
 # this, not milliseconds (GNU's OpenMP, so Linux).  It is read once, when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch  # noqa: E402
 from numpy.random import SeedSequence  # noqa: E402  (imported later, in main(), it could swallow a Ctrl-C)

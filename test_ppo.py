@@ -3284,7 +3284,7 @@ def test_torch_takes_a_second_thread_only_while_the_emulators_rest(monkeypatch):
 
 
 @pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="torch has other threads here")
-@pytest.mark.parametrize(("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "expected"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_are_told_how_long_to_wait_awake(given, expected):
     """What GNU's OpenMP says for itself: it reads the variable once, when torch loads it."""
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
