@@ -222,6 +222,7 @@ class Contract:
         shape = tuple(self.obs_shape) if isinstance(self.obs_shape, Iterable) else ()
         if not 1 <= len(shape) <= 32 or not all(_is_int(size) and size > 0 for size in shape):
             raise ValueError(f"obs_shape must be 1 to 32 positive integers, not {_show(self.obs_shape)}")
+        shape = tuple(map(int, shape))  # numpy's could overflow below
         if not _is_int(self.n_actions) or not 1 <= self.n_actions <= MAX_ACTIONS:
             raise ValueError(f"n_actions must be an integer in 1 .. {MAX_ACTIONS}, not {_show(self.n_actions)}")
         if type(self.obs_dtype) is not str or self.obs_dtype not in DTYPES:
@@ -229,7 +230,7 @@ class Contract:
         if math.prod(shape) * self._dtype.itemsize > MAX_OBS_BYTES:
             raise ValueError(f"an observation of shape {_show(shape)} is larger than {MAX_OBS_BYTES >> 20} MiB")
         # How a frozen dataclass puts fields into one form.
-        object.__setattr__(self, "obs_shape", tuple(map(int, shape)))
+        object.__setattr__(self, "obs_shape", shape)
         object.__setattr__(self, "n_actions", int(self.n_actions))  # Gymnasium's Discrete(2).n is an np.int64
         if self.reward_range is not None:
             low, high = _limits("reward_range", self.reward_range, ())
@@ -387,7 +388,7 @@ class Contract:
         """(N,) integers, as a new int64 array."""
         if isinstance(actions, LISTS) and not all(map(_is_int, actions)):
             raise ContractViolation("action_type", "integers", _show(actions))
-        actions = np.asarray(actions)
+        actions = np.array(actions)  # first of all: what is checked is what will be sent, whoever changes theirs
         if actions.shape != (num_envs,):
             raise ContractViolation("action_count", f"shape ({num_envs},)", str(actions.shape))
         if actions.dtype.kind not in "iu":
@@ -484,6 +485,8 @@ class CheckedSession(ABC):
     """
 
     def __init__(self, num_envs: int, contract: Contract, frame_stack: int = 1, append_action: bool = False) -> None:
+        if not isinstance(contract, Contract):
+            raise TypeError(f"contract must be a Contract, not {_show(contract)}")
         if not (_is_int(frame_stack) and frame_stack >= 1):
             raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
         if append_action and len(contract.obs_shape) != 1:
@@ -615,7 +618,7 @@ class CheckedSession(ABC):
             self._observation, failure = None, error
             try:
                 if not isinstance(error, SessionFailure) and not _is_of_a_signal(error):  # nobody has thought of it
-                    failure = BridgeError(_show_error(error))
+                    failure = BridgeError("the session was closed meanwhile" if self._closed else _show_error(error))
                 if isinstance(failure, SessionFailure):
                     failure.stage = stage
                     failure.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
@@ -770,14 +773,14 @@ class NativeSession(CheckedSession):
         self, envs: Sequence[Any], contract: Contract, frame_stack: int = 1, append_action: bool = False
     ) -> None:
         self._envs = list(envs)
-        if not self._envs or len({id(getattr(env, "unwrapped", env)) for env in self._envs}) < len(self._envs):
+        if not self._envs or len(_innermost(self._envs)) < len(self._envs):
             raise ValueError("need at least one environment, and each an object of its own (not [env] * 8)")
         super().__init__(len(self._envs), contract, frame_stack, append_action)
 
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
         envs = [copy.deepcopy(self._envs[i % self.num_envs]) for i in range(num_envs)]
-        if any(env is own for env in envs for own in self._envs):
+        if _innermost(envs) & _innermost(self._envs):
             raise ValueError("an environment's copy is itself, so that a twin would step this session's environments")
         return NativeSession(envs, self.contract, self.frame_stack, self.append_action)
 
@@ -821,6 +824,11 @@ class NativeSession(CheckedSession):
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
 
 
+def _innermost(envs: list[Any]) -> set[int]:
+    """The identities of the environments without their wrappers."""
+    return {id(getattr(env, "unwrapped", env)) for env in envs}
+
+
 def _is_of_a_signal(error: BaseException) -> bool:
     """Whether a signal handler has raised it, while something else ran: Ctrl-C, or a SIGTERM that is to end it all."""
     if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
@@ -843,7 +851,7 @@ class _Server:
         self.core: int | None = None  # that it is held to
         if os.name != "posix":
             raise BridgeError("Gymnasium in a subprocess needs Linux or macOS; on Windows, run this inside WSL")
-        command = [*map(os.fspath, command), "--num-envs", str(len(envs)), "--awake", str(awake)]
+        command = [*map(os.fsdecode, command), "--num-envs", str(len(envs)), "--awake", str(awake)]
         # Where stdin, stdout or stderr is closed, a pipe would take its number, and hear what servers print.
         while (lowest_free := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -882,7 +890,11 @@ class _Server:
         self.stderr_tail = bytearray()
         # The thread knows the pipe and the tail, not this object: a session that is dropped can be collected.
         self.stderr_thread = threading.Thread(target=_drain, args=(self.process.stderr, self.stderr_tail), daemon=True)
-        self.stderr_thread.start()
+        try:
+            self.stderr_thread.start()
+        except RuntimeError:  # one thread too many; nobody else knows of this server yet
+            _signal_group(self, signal.SIGKILL)
+            raise
 
     def send(self, request: dict[str, Any], deadline: float) -> None:
         if self.readable.poll(0):
@@ -997,6 +1009,7 @@ def _end(servers: list[_Server], grace: float) -> None:
             with contextlib.suppress(OSError):  # it is exiting, or it reads no more
                 if server.process.poll() is None:  # else a trainer that heeds SIGPIPE would be gone without a word
                     os.write(server.stdin, _dumps({"id": server.last_id + 1, "cmd": "close"}).encode() + b"\n")
+            server.stdin = -1  # the number may soon be another file's; a signal handler can have come between two uses
             server.process.stdin.close()  # type: ignore[union-attr]
         _wait_for_exits(servers, grace)
         for server in servers:
@@ -1010,6 +1023,7 @@ def _end(servers: list[_Server], grace: float) -> None:
         _wait_for_exits(servers, CLOSE_GRACE)  # a moment, unless the machine is very busy
     deadline = time.monotonic() + 0.2  # the last words are a matter of moments
     for server in servers:
+        server.stdout = -1
         server.process.stdout.close()  # type: ignore[union-attr]
         server.stderr_thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -1266,7 +1280,7 @@ def _encode(observations: Array, encoding: str) -> Any:
     return observations.tolist()
 
 
-def _error(error: Exception) -> dict[str, Any]:
+def _error(error: BaseException) -> dict[str, Any]:
     """A failed request as a reply: with the traceback, unless the fault is plainly in what was asked."""
     if not isinstance(error, SessionFailure):
         return {"error": _show_error(error), "traceback": _show_error(error, whole=True)}
@@ -1283,8 +1297,8 @@ def _error(error: Exception) -> dict[str, Any]:
 def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float, wire_in: int, wire_out: int) -> None:
     """Answer requests until told to close, or until there is nobody left to ask."""
     try:
-        made: tuple[NativeSession, dict[str, Any]] | Exception = _make(env_id, num_envs, make_kwargs)
-    except Exception as error:  # an environment may raise anything; every request will be told
+        made: tuple[NativeSession, dict[str, Any]] | BaseException = _make(env_id, num_envs, make_kwargs)
+    except BaseException as error:  # an environment may raise anything, SystemExit, too; every request will be told
         made = error
     command = None
     request_pipe = select.poll()
@@ -1305,15 +1319,15 @@ def _serve(env_id: str, num_envs: int, make_kwargs: dict[str, Any], awake: float
                 if isinstance(request, dict):
                     number, command = request.get("id"), request.get("cmd")
                     number = number if isinstance(number, (int, str)) else None  # 1e999 can be read, but not written
-                if isinstance(made, Exception):
+                if isinstance(made, BaseException):
                     raise made
                 reply = {"id": number, "ok": True, **_answer(request, *made)}
                 text = _dumps(reply)
-            except Exception as error:  # whatever it was, this request gets its one reply
+            except BaseException as error:  # whatever it was, this request gets its one reply
                 text = _dumps({"id": number, "ok": False, **_error(error)})
             replies.write(text.encode() + b"\n")
             replies.flush()
-    if not isinstance(made, Exception):
+    if not isinstance(made, BaseException):
         made[0].close()
 
 

@@ -15,7 +15,7 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely; a sample stops pushing once its action's probability has changed by a fifth that way.  The
+    others less likely; a sample no longer counts once its action's probability has changed by a fifth that way.  The
     critic learns to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
@@ -140,7 +140,7 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when an evaluation, then fresh episodes, reach this mean; if None, 475 for CartPole-v1, else no goal"""
+    """stop when an evaluation, then fresh episodes, too, reach this mean; if None, 475 for CartPole-v1, else no goal"""
     checkpoint: Path = Path("data/rl/ppo_cartpole.pt")
     """where weights, optimiser state and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
@@ -224,8 +224,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): so no hidden layer makes
-    signals or gradients explode or vanish when learning begins.  The gain of sqrt(2) is [3]'s.
+    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): so signals and gradients
+    neither explode nor, unless there are many inputs, vanish when learning begins.  The gain of sqrt(2) is [3]'s.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -238,9 +238,9 @@ def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequen
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimiser mostly
-    makes up for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares nothing
-    with the critic ([3], detail 13).
+    Its last layer starts out 140 times smaller than the others: to a new actor all actions are nearly equal, and the
+    first rollouts try them all.  (Gradients below it are as much smaller; the optimiser mostly makes up for that.)  It
+    shares nothing with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -299,10 +299,10 @@ class Rollout:
 def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
     """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
 
-    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
-    begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
-    the new one begins.  Every transition has passed the session's contract.  Networks take (..., *D), with one leading
-    dimension or two, and return (..., A) and (...).
+    Actions are sampled, not the most probable ones taken: the policy gradient is a mean over samples, and that is how
+    PPO explores.  Where an episode ends, the session begins the next one: a transition's ``next_observation`` is where
+    the old one ended, ``session.observation`` where the new one begins.  Every transition has passed the session's
+    contract.  Networks take (..., *D), with one leading dimension or two, and return (..., A) and (...).
     Raises ContractViolation, BridgeError or FloatingPointError (logits not finite); then there is no rollout.
     """
     device = next(actor.parameters()).device
@@ -320,7 +320,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for name in ("observation", "action", "reward", "next_observation", "terminated", "truncated")
     )  # each (T, N, ...)
 
-    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
+    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: pi_old in ppo_loss
     # The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') gets a pass of its own: at an episode's end, and in the last row, it is not values[t + 1].
     return Rollout(
@@ -368,7 +368,7 @@ def gae(
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
-    # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
+    # Differs from OpenAI's code (ppo2), where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
@@ -403,8 +403,10 @@ def ppo_loss(
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
     takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while
     r is 1, that of log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).
-    And the clipped surrogate, which PPO maximises, ignores a sample once its ratio has moved by more than ``clip_coef``
-    in the direction that its advantage asks for.  So a rollout can be used for several epochs (passes).
+    For nothing else: states and advantages are still the old policy's, and a large ratio makes much noise.  So the
+    clipped surrogate, which PPO maximises in the place of the return, ignores a sample once its ratio has moved by more
+    than ``clip_coef`` in the direction that its advantage asks for.  Then a rollout can be used for several epochs
+    (passes).
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the current networks; actions
     (B,) int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of
@@ -429,14 +431,14 @@ def ppo_loss(
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
-    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There the sample's gradient is
-    # zero; its ratio may still move with the gradients of other samples.  On the other side nothing is clipped, so that
-    # a step in the wrong direction can be undone.
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There this term's gradient is
+    # zero; the ratio may still move, with other samples, the entropy bonus and the optimiser's momentum.  On the other
+    # side nothing is clipped, so that a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
     # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
-    # Not clipped, unlike in the code that came with [1]: there is no evidence that it helps ([3], detail 9).
+    # Not clipped, unlike in OpenAI's code (ppo2): there is no evidence that it helps ([3], detail 9).
     value_loss = (values - targets).square().mean()
 
     # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
@@ -496,7 +498,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     work).
     Seeds torch, and sets its number of threads.
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
-    full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite).
+    full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), and
+    what ``twin`` raises for environments that cannot be copied.
     """
     torch.set_num_threads(1)  # networks this small are done before a second thread has woken up
     torch.manual_seed(args.seed)
@@ -517,9 +520,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Adam is torch.optim's, spared the import of torch.compile (see Housekeeping).  With eps = 1e-5 ([3], detail 3;
-        # torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before
-        # every update, below.)
+        # Adam is torch.optim.Adam (Housekeeping only makes it start sooner).  With eps = 1e-5 ([3], detail 3; torch's
+        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before every
+        # update, below.)
         optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
@@ -546,9 +549,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, near 1 for one that predicts
-            # the targets.  High alone proves little: targets contain V(s'), and agree with a V that is wrong, but
-            # changes little from step to step.
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, below for a worse one, near 1
+            # for one that predicts the targets.  High alone proves little: targets contain V(s'), so that a wrong V
+            # which changes little from step to step agrees with them.
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -609,7 +612,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A subclass without the decorators for torch.compile, which they would import (as long as CartPole takes).
+    """A subclass without the decorators that import torch.compile, which takes as long as learning CartPole.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
@@ -772,7 +775,7 @@ class Run:
     def complete_update(
         self, rollout: Rollout, explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
-        """Record an update's results.  From here on, whatever happens, they are kept.
+        """Record an update's results.  From here on no fault and no Ctrl-C loses them.
 
         Raises FloatingPointError if the update has ruined the weights; then the one before it is kept.
         """

@@ -18,7 +18,7 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely; a sample stops pushing once its action's probability has changed by a fifth that way.  The
+    others less likely; a sample no longer counts once its action's probability has changed by a fifth that way.  The
     critic learns to predict better.
 (Here credit ends with a point, and at first a lost one counts less: train() says why.)
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
@@ -160,7 +160,7 @@ class Args:
     target_kl: float | None = None
     """end an update after the epoch whose last minibatch has an approximate KL divergence above this"""
     solved_return: float | None = None
-    """stop when an evaluation, then fresh episodes, reach this mean; if None, 19 for ALE/Pong-v5, else no goal"""
+    """stop when an evaluation, then fresh episodes, too, reach this mean; if None, 19 for ALE/Pong-v5, else no goal"""
     checkpoint: Path = Path("data/rl/ppo_pong_ram.pt")
     """where weights, optimiser state and counters are kept; a new run renames an older one, to .old"""
     resume: bool = False
@@ -275,7 +275,7 @@ class Inputs(nn.Module):
         self.scale: torch.Tensor = nn.Buffer(torch.zeros(self.size))  # (F * K,) 1 / its standard deviation
 
     def raw(self, observations: torch.Tensor) -> torch.Tensor:
-        """(..., F, K) uint8 -> (..., F * K) float32: the newest bytes, and by how much each byte has changed."""
+        """(..., F, K) uint8 -> (..., F * K) float32: the newest numbers, and by how much each has changed."""
         if observations.dtype != torch.uint8:
             raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
         newest, changes = observations[..., -1, :], observations.diff(dim=-2)
@@ -299,7 +299,7 @@ class Inputs(nn.Module):
 
 
 class InputLinear(nn.Linear):
-    """nn.Linear without inputs that are 0 in every sample, to save time: in Pong three in four, which never change."""
+    """nn.Linear without inputs that are 0 in a whole batch, to save time: in Pong three in four, which never change."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         used = inputs.reshape(-1, self.in_features).any(0).nonzero().squeeze(-1)  # (U,) indices of the U others
@@ -311,8 +311,8 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 
     LayerNorm (a sample's 128 numbers get mean 0 and standard deviation 1, then a scale and an offset that are learned)
     cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
-    smaller relative to them.  No norm follows the last layer: there the gain matters.  (With tanh, as for CartPole,
-    two runs learned more slowly; with ReLU alone, two fell behind after two million steps.)
+    smaller relative to them.  No norm follows the last layer: there the gain matters.  (With tanh alone, as for
+    CartPole, two runs learned more slowly; with ReLU alone, two fell somewhat behind after two million steps.)
     """
     layers = [InputLinear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -325,9 +325,9 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 class Actor(nn.Module):
     """The policy pi(a|s), the probability of each action in a state: the softmax of one logit per action.
 
-    Its last layer starts out 140 times smaller than the others (gradients below it, too, which the optimisers mostly
-    make up for): to a new actor all actions are nearly equal, and the first rollouts try them all.  It shares no
-    weights with the critic ([3], detail 13).
+    Its last layer starts out 140 times smaller than the others: to a new actor all actions are nearly equal, and the
+    first rollouts try them all.  (Gradients below it are as much smaller; the optimisers mostly make up for that.)  It
+    shares no weights with the critic ([3], detail 13).
     """
 
     def __init__(self, obs_shape: tuple[int, ...], n_actions: int) -> None:
@@ -392,10 +392,10 @@ class Rollout:
 def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module, horizon: int) -> Rollout:
     """Let the actor play ``horizon`` steps in every environment of the session, going on where it stands.
 
-    Actions are sampled, not the most probable ones taken: that is how PPO explores.  Where an episode ends, the session
-    begins the next one: a transition's ``next_observation`` is where the old one ended, ``session.observation`` where
-    the new one begins.  Every transition has passed the session's contract.  Networks take (..., *D), with one leading
-    dimension or two, and return (..., A) and (...).
+    Actions are sampled, not the most probable ones taken: the policy gradient is a mean over samples, and that is how
+    PPO explores.  Where an episode ends, the session begins the next one: a transition's ``next_observation`` is where
+    the old one ended, ``session.observation`` where the new one begins.  Every transition has passed the session's
+    contract.  Networks take (..., *D), with one leading dimension or two, and return (..., A) and (...).
     Raises ContractViolation, BridgeError or FloatingPointError (logits not finite); then there is no rollout.
     """
     device = next(actor.parameters()).device
@@ -413,7 +413,7 @@ def collect_rollout(session: CheckedSession, actor: nn.Module, critic: nn.Module
         for name in ("observation", "action", "reward", "next_observation", "terminated", "truncated")
     )  # each (T, N, ...)
 
-    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: the ratio's denominator
+    log_pi = torch.stack(all_logits).log_softmax(-1)  # (T, N, A) of the policy that acted: pi_old in ppo_loss
     # The critic sees the rollout only now: one pass is cheaper than T.
     # V(s') gets a pass of its own: at an episode's end, and in the last row, it is not values[t + 1].
     return Rollout(
@@ -461,7 +461,7 @@ def gae(
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
-    # Differs from the code that came with [1], where a time limit counts as terminated ([3], detail 5).
+    # Differs from OpenAI's code (ppo2), where a time limit counts as terminated ([3], detail 5).
     not_terminated = ~terminated.bool()
     not_done = not_terminated & ~truncated.bool()
     # delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)      [2], eq. 11
@@ -496,8 +496,10 @@ def ppo_loss(
     advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
     takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while
     r is 1, that of log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).
-    And the clipped surrogate, which PPO maximises, ignores a sample once its ratio has moved by more than ``clip_coef``
-    in the direction that its advantage asks for.  So a rollout can be used for several epochs (passes).
+    For nothing else: states and advantages are still the old policy's, and a large ratio makes much noise.  So the
+    clipped surrogate, which PPO maximises in the place of the return, ignores a sample once its ratio has moved by more
+    than ``clip_coef`` in the direction that its advantage asks for.  Then a rollout can be used for several epochs
+    (passes).
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the current networks; actions
     (B,) int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of
@@ -522,14 +524,14 @@ def ppo_loss(
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
-    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There the sample's gradient is
-    # zero; its ratio may still move with the gradients of other samples.  On the other side nothing is clipped, so that
-    # a step in the wrong direction can be undone.
+    # (A_t > 0) above 1 + eps, for a bad one (A_t < 0) below 1 - eps (eps is clip_coef).  There this term's gradient is
+    # zero; the ratio may still move, with other samples, the entropy bonus and the optimiser's momentum.  On the other
+    # side nothing is clipped, so that a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
     # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
-    # Not clipped, unlike in the code that came with [1]: there is no evidence that it helps ([3], detail 9).
+    # Not clipped, unlike in OpenAI's code (ppo2): there is no evidence that it helps ([3], detail 9).
     value_loss = (values - targets).square().mean()
 
     # S = E[-sum_a pi(a|s) * log pi(a|s)]                                                  [1], eq. 9
@@ -557,8 +559,8 @@ def ppo_loss(
 class Muon(torch.optim.Optimizer):
     """Muon [8]: a step is the momentum, a matrix, with its singular values made about equal, but for tiny ones.
 
-    torch.optim.Muon can do the same, in bfloat16: on a processor without instructions for it, that takes twenty times
-    as long.
+    torch.optim.Muon(weight_decay=0, adjust_lr_fn="match_rms_adamw") does the same, in bfloat16: on a processor without
+    instructions for it, that takes twenty times as long.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
@@ -571,10 +573,10 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
-                # With all singular values 1, the root mean square of an entry would be 1 / sqrt(longer side), and that
-                # of a step 0.2 times the rate, about Adam's (match_rms_adamw in torch.optim.Muon).  Tiny ones stay
-                # below 1: steps have 0.14 to 0.18, in the first layer 0.11 (0.21 to 0.23 in columns with a gradient;
-                # three in four have none, since their inputs never change).
+                # With all singular values 1, the entries' root mean square would be 1 / sqrt(longer side); the factor
+                # makes it 0.2, about what Adam's is (match_rms_adamw in torch.optim.Muon).  Measured: 0.14 to 0.18,
+                # since tiny singular values stay below 1; in the first layer 0.11, since three columns in four have no
+                # gradient, their inputs never changing (0.21 to 0.23 in the others).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
@@ -632,7 +634,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
     Seeds torch, and sets its number of threads (import this file before torch, for the sake of GOMP_SPINCOUNT, above).
     Raises ContractViolation, BridgeError, BadInput (a checkpoint, a place or a session that will not do), OSError (a
     full disk), FloatingPointError (weights, or what the actor makes of an observation, that are not finite), ValueError
-    or TypeError (a session that does not show stacks of bytes).
+    or TypeError (a session that does not show stacks of bytes), and what ``twin`` raises for environments that cannot
+    be copied.
     """
     torch.set_num_threads(1)  # while emulators step: a second one would take a core from them
     torch.manual_seed(args.seed)
@@ -658,9 +661,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         # layers, the first ones too, which [8] would leave to Adam.  Adam mostly follows what many samples have in
         # common; Muon makes a step's singular values more nearly equal, so that what few samples ask for counts, too.
         # Everything else is left to Adam.
-        # Adam is torch.optim's; both are spared the import of torch.compile (see Housekeeping).  With eps = 1e-5 ([3],
-        # detail 3; torch's is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are
-        # set before every update, below.)
+        # Adam is torch.optim.Adam (Housekeeping only makes both start sooner).  With eps = 1e-5 ([3], detail 3; torch's
+        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before every
+        # update, below.)
         networks = (actor.net, critic.net)  # in this order in the optimisers' param_groups, too
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
@@ -685,9 +688,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # later points is ignored; in return, no advantage carries the noise of the rallies after it.
             cut = (args.env_id == ENV_ID) if args.cut_at_reward is None else args.cut_at_reward
             decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
-            # Differs from the paper: at first, more than half of a lost point is forgiven (lenient learning [9]).  As
-            # long as most points are lost, the discount pays for losing them later, and so for playing safe: without
-            # leniency, some runs give up the shot that wins quickest before they have mastered it, and end below 19.
+            # Differs from the paper: at first, more than half of a lost point is forgiven (an idea of lenient learning
+            # [9]).  As long as most points are lost, the discount pays for losing them later, and so for playing safe:
+            # without leniency, some runs gave up the shot that wins quickest before they had mastered it.
             share = 1 - args.leniency * remaining  # of a lost point: 0.4 at first, 1 in the end
             rewards = rollout.rewards.where(rollout.rewards >= 0, share * rollout.rewards)  # (T, N)
             advantages = gae(
@@ -700,9 +703,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gae_lambda,
             )  # (T, N)
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, near 1 for one that predicts
-            # the targets.  High alone proves little: targets contain V(s'), and agree with a V that is wrong, but
-            # changes little from step to step.
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, below for a worse one, near 1
+            # for one that predicts the targets.  High alone proves little: targets contain V(s'), so that a wrong V
+            # which changes little from step to step agrees with them.
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
             # Optimise.
@@ -777,7 +780,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A subclass without the decorators for torch.compile, which they would import (as long as CartPole takes).
+    """A subclass without the decorators that import torch.compile, which takes as long as learning CartPole.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """
@@ -941,7 +944,7 @@ class Run:
     def complete_update(
         self, rollout: Rollout, explained_variance: torch.Tensor, infos: list[dict[str, torch.Tensor]]
     ) -> None:
-        """Record an update's results.  From here on, whatever happens, they are kept.
+        """Record an update's results.  From here on no fault and no Ctrl-C loses them.
 
         Raises FloatingPointError if the update has ruined the weights; then the one before it is kept.
         """
