@@ -559,7 +559,7 @@ class CheckedSession(ABC):
             return transition
 
     def close(self) -> None:
-        """End everything, whatever state it is in.  Never raises, may be called again.
+        """End everything, whatever state it is in.  Raises nothing (Ctrl-C is heard), may be called again.
 
         Servers are gone within 3 seconds; what is in this process takes as long as it takes.
         """
