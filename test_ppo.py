@@ -4473,6 +4473,20 @@ def test_a_resumed_run_does_not_overwrite_the_log_of_another():
     assert run_script("--resume", *kept).returncode == 0
 
 
+def test_what_was_trained_on_a_gpu_goes_on_without(short_run):
+    folder, _ = short_run
+    state = torch.load(folder / "data/rl/ppo_cartpole.pt", weights_only=True)
+    state["args"]["cuda"], state["rng"]["cuda"] = True, torch.zeros(16, dtype=torch.uint8)
+    torch.save(state, "gpu.pt")
+    flags = ["--resume", "--checkpoint", "gpu.pt", "--updates", "5"]
+    done = run_script(*flags, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, "use --no-cuda" in done.stderr) == (2, True)
+    done = run_script(*flags, "--no-cuda", CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stderr) == (0, "")
+    state = torch.load("gpu.pt", weights_only=True)
+    assert (state["update"], state["args"]["cuda"], state["rng"]["cuda"]) == (5, False, None)
+
+
 def test_watch_plays_the_checkpoint(short_run):
     folder, _ = short_run
     flags = ["--watch", "--checkpoint", str(folder / "data/rl/ppo_cartpole.pt"), "--eval-episodes", "2"]
