@@ -575,8 +575,8 @@ class Muon(torch.optim.Optimizer):
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # With all singular values 1, the entries' root mean square would be 1 / sqrt(longer side); the factor
                 # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.14 to
-                # 0.18, since tiny singular values stay below 1; in the first layer 0.11, since three columns in four have no
-                # gradient, their inputs never changing (0.21 to 0.23 in the others).
+                # 0.18, since tiny singular values stay below 1; in the first layer 0.11, since three columns in four
+                # have no gradient, their inputs never changing (0.21 to 0.23 in the others).
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
