@@ -612,7 +612,7 @@ SERIES = {  # of the log: name, colour
 
 
 def plain(optimizer: Any, *moments: str) -> Any:
-    """A subclass without the decorators that import torch.compile, which takes as long as learning CartPole.
+    """A subclass without the decorators that import torch.compile, which takes a second.
 
     moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
     """

@@ -212,7 +212,7 @@ def cartpole_session(num_envs=4):
 
 def run(command, **more):
     """A program's end, with its output; never waited for without limit."""
-    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 100, **more})
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 60, **more})
 
 
 def run_script(*flags, script="ppo_cartpole.py", timeout=100, **environment):
@@ -519,37 +519,6 @@ def test_a_native_twin_is_not_of_environments_that_are_their_own_copies():
             session.twin(1)
 
 
-def test_a_contract_that_is_none():
-    for contract in None, {"obs_shape": (2,)}:
-        with pytest.raises(TypeError, match="contract must be a Contract, not"):
-            GymnasiumSession("odd_envs:Odd-v0", contract)
-
-
-def test_actions_that_change_while_they_are_checked_are_sent_as_they_were(monkeypatch):
-    """Another thread may use the same buffer again."""
-    actions, look = np.array([1, 2]), gym_bridge._first_outside
-
-    def first_outside(*args):
-        actions[:] = 99
-        return look(*args)
-
-    with native("Counting", 2, Contract((2,), 3)) as session:
-        session.reset(0)
-        monkeypatch.setattr(gym_bridge, "_first_outside", first_outside)
-        assert session.step(actions).reward.tolist() == [11, 12]
-
-
-def test_a_server_that_cannot_be_listened_to_is_ended(monkeypatch):
-    """Where a process may have no more threads."""
-    started, popen = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[-1])
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more threads')"))
-    with pytest.raises(BridgeError, match="start: RuntimeError: no more threads") as caught:
-        GymnasiumSession("odd_envs:Odd-v0", ODD, server_command=["sh", "-c", "sleep 60"])
-    assert_gone(started[0].pid)  # though the error, which knows of it, is kept
-    assert isinstance(caught.value.__cause__, RuntimeError)
-
-
 ACTION_ROWS = [
     ("accept_list", [0, 1], None),
     ("accept_int32", np.array([1, 0], np.int32), None),
@@ -586,6 +555,20 @@ def test_actions_are_checked_before_anything_is_sent(name, actions, rule):
             session.step(actions)
         assert caught.value.rule == rule
         assert stepped == []
+
+
+def test_actions_that_change_while_they_are_checked_are_sent_as_they_were(monkeypatch):
+    """Another thread may use the same buffer again."""
+    actions, look = np.array([1, 2]), gym_bridge._first_outside
+
+    def first_outside(*args):
+        actions[:] = 99
+        return look(*args)
+
+    with native("Counting", 2, Contract((2,), 3)) as session:
+        session.reset(0)
+        monkeypatch.setattr(gym_bridge, "_first_outside", first_outside)
+        assert session.step(actions).reward.tolist() == [11, 12]
 
 
 @pytest.mark.parametrize(
@@ -1143,7 +1126,7 @@ def assert_fault(session, faulty, error, message, env=None, worker=None):
     assert env is None or (caught.value.env == env and f"environment {env}: " in text)
     pids = [server.process.pid for server in session._servers]
     assert worker is None or f"server pid {pids[worker]}" in text
-    assert took < session._timeout + 2.0  # the ways to end a server take up to 1.7 s
+    assert took < session._timeout + 0.5 + 1.0  # and a second for a loaded machine
     for pid in pids:
         assert_gone(pid)
     for again in (lambda: session.step([0, 1, 0]), lambda: session.reset(0), lambda: session.observation):
@@ -1449,7 +1432,7 @@ def test_a_server_that_stops_reading(workplace):
     moment = time.monotonic()
     with pytest.raises(BridgeError, match="has not read its request within 3 s"):
         session.step([0] * 50_000)
-    assert time.monotonic() - moment < 3 + 2.0
+    assert time.monotonic() - moment < 3 + 0.5 + 1
     assert_gone(session._servers[0].process.pid)
 
 
@@ -1477,6 +1460,23 @@ def test_a_command_is_a_list_of_words():
         GymnasiumSession("CartPole-v1", CARTPOLE, server_command=[])
     with pytest.raises(ValueError, match="server_command must be a list"):
         GymnasiumSession("CartPole-v1", CARTPOLE, server_command="python gym_bridge.py")
+
+
+def test_a_server_that_cannot_be_listened_to_is_ended(monkeypatch):
+    """Where a process may have no more threads."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[-1])
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more threads')"))
+    with pytest.raises(BridgeError, match="start: RuntimeError: no more threads") as caught:
+        GymnasiumSession("odd_envs:Odd-v0", ODD, server_command=["sh", "-c", "sleep 60"])
+    assert_gone(started[0].pid)  # though the error, which knows of it, is kept
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_contract_that_is_none():
+    for contract in None, {"obs_shape": (2,)}:
+        with pytest.raises(TypeError, match="contract must be a Contract, not"):
+            GymnasiumSession("odd_envs:Odd-v0", contract)
 
 
 def test_on_windows_the_message_names_wsl(monkeypatch):
@@ -1714,11 +1714,12 @@ def test_what_was_printed_last_is_shown():
     fails_at_step_2(session, BridgeError, match=r"(?s)exit code 7.*last words")
 
 
-@pytest.mark.parametrize("at", ["reset", "step"])
-def test_observations_of_many_megabytes(at):
-    kwargs = {"shape": [500, 500, 3], "case": "obs.flat = np.arange(750_000) % 251", "at": at}
+@pytest.mark.parametrize(("at", "more"), [("reset", ""), ("step", "; terminated = True")])
+def test_observations_of_many_megabytes(at, more):
+    kwargs = {"shape": [500, 500, 3], "case": f"obs.flat = np.arange(750_000) % 251{more}", "at": at}
     with GymnasiumSession("odd_envs:Shaped-v0", Contract((500, 500, 3), 2, "uint8"), 2, 1, kwargs) as session:
         shown = [session.reset(0), *[session.step([0, 0]).next_observation for _ in range(2)]]
+        assert not (more and session.observation.any())  # the next episode's first
     picture = (np.arange(750_000) % 251).reshape(500, 500, 3)
     assert np.array_equal(shown[0 if at == "reset" else 2][1], picture)
 
@@ -3584,8 +3585,8 @@ def test_the_progress_line_counts_all_environments(capsys, monkeypatch):
     assert notes(run.train_log(0.0))["steps_per_second"] == "100"
 
 
-def on_a_terminal(columns, *flags, until="never"):
-    """What ppo_cartpole.py shows there, and its exit code; Ctrl-C once it has shown ``until``."""
+def on_a_terminal(columns, *flags, ctrl_c_after="never"):
+    """What ppo_cartpole.py shows there, and its exit code."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
@@ -3596,7 +3597,7 @@ def on_a_terminal(columns, *flags, until="never"):
         shown = b""
         with contextlib.suppress(OSError):  # which is how Linux says that it was all
             while chunk := os.read(ours, 9999):
-                if until.encode() in shown + chunk and until.encode() not in shown:
+                if ctrl_c_after.encode() in shown + chunk and ctrl_c_after.encode() not in shown:
                     process.send_signal(signal.SIGINT)
                 shown += chunk
     os.close(ours)
@@ -3604,7 +3605,9 @@ def on_a_terminal(columns, *flags, until="never"):
 
 
 def test_ctrl_c_on_a_terminal_leaves_the_last_line_whole():
-    shown, code = on_a_terminal(80, *SHORT[2:], "--updates", "9999", "--solved-return", "9999", until="update 3/")
+    shown, code = on_a_terminal(
+        80, *SHORT[2:], "--updates", "9999", "--solved-return", "9999", ctrl_c_after="update 3/"
+    )
     assert code == 130
     last, saved, interrupted = shown.split("\r\x1b[K")[-1].splitlines()
     assert re.match(r"update \d+/9999  ", last)
