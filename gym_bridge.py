@@ -55,6 +55,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import itertools
 import json
 import math
 import operator
@@ -578,6 +579,10 @@ class CheckedSession(ABC):
     def twin(self, num_envs: int) -> CheckedSession:
         """A second session over environments of the same kind, not yet reset (for evaluation, say)."""
 
+    def shares_environments(self, other: CheckedSession) -> bool:
+        """Whether a step of one is a step of the other, too."""
+        return other is self
+
     def _begin(self, first: Array) -> Array:
         """What is shown of episodes that begin with ``first`` (n, *contract.obs_shape)."""
         if self.append_action:
@@ -617,8 +622,10 @@ class CheckedSession(ABC):
         except BaseException as error:
             self._observation, failure = None, error
             try:
-                if not isinstance(error, SessionFailure) and not _is_of_a_signal(error):  # nobody has thought of it
-                    failure = BridgeError("the session was closed meanwhile" if self._closed else _show_error(error))
+                if self._closed and not _is_of_a_signal(error):  # whatever was seen may come of that
+                    failure = BridgeError("the session was closed meanwhile")
+                elif not isinstance(error, SessionFailure) and not _is_of_a_signal(error):  # nobody has thought of it
+                    failure = BridgeError(_show_error(error))
                 if isinstance(failure, SessionFailure):
                     failure.stage = stage
                     failure.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
@@ -780,9 +787,12 @@ class NativeSession(CheckedSession):
     def twin(self, num_envs: int) -> NativeSession:
         """Deep copies of the environments: whatever state they share outside themselves stays shared."""
         envs = [copy.deepcopy(self._envs[i % self.num_envs]) for i in range(num_envs)]
-        if _innermost(envs) & _innermost(self._envs):
+        if _overlap(envs, self._envs):
             raise ValueError("an environment's copy is itself, so that a twin would step this session's environments")
         return NativeSession(envs, self.contract, self.frame_stack, self.append_action)
+
+    def shares_environments(self, other: CheckedSession) -> bool:
+        return isinstance(other, NativeSession) and _overlap(self._envs, other._envs)
 
     def _reset(self, seed: int | None) -> Array:
         return np.stack([self._first(env, None if seed is None else seed + env) for env in range(self.num_envs)])
@@ -824,17 +834,27 @@ class NativeSession(CheckedSession):
             raise BridgeError(f"the environment raised {_show_error(error)}", env) from error
 
 
-def _innermost(envs: list[Any]) -> set[int]:
-    """The identities of the environments without their wrappers."""
-    return {id(getattr(env, "unwrapped", env)) for env in envs}
+def _innermost(envs: list[Any]) -> dict[int, Any]:
+    """The environments without their wrappers, by identity (which says nothing once an object is gone)."""
+    return {id(inner): inner for inner in (getattr(env, "unwrapped", env) for env in envs)}
+
+
+def _overlap(envs: list[Any], others: list[Any]) -> bool:
+    return not _innermost(envs).keys().isdisjoint(_innermost(others))
 
 
 def _is_of_a_signal(error: BaseException) -> bool:
     """Whether a signal handler has raised it, while something else ran: Ctrl-C, or a SIGTERM that is to end it all."""
     if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         return True  # (a server leaves SIGINT to the kernel)
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+    # A handler is given the frame that it interrupts, its caller in the traceback.  (Which handlers are installed says
+    # less: one may take itself off, so that the second Ctrl-C kills.)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for interrupted, frame in itertools.pairwise(frames):
+        for local in frame.f_locals.values():
+            if any(each is interrupted for each in (local if type(local) is tuple else [local])):
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------- client

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gc
 import importlib
 import inspect
@@ -517,6 +518,14 @@ def test_a_native_twin_is_not_of_environments_that_are_their_own_copies():
     for env in odd, wrappers.TransformReward(odd, abs):
         with NativeSession([env], ODD) as session, pytest.raises(ValueError, match="an environment's copy is itself"):
             session.twin(1)
+
+
+def test_environments_are_told_apart_also_where_unwrapped_is_a_new_object_each_time():
+    class Viewed(importlib.import_module("odd_envs").Odd):
+        unwrapped = property(lambda self: SimpleNamespace(env=self))
+
+    with NativeSession([Viewed() for _ in range(8)], ODD) as session, session.twin(8) as twin:
+        assert not session.shares_environments(twin)
 
 
 ACTION_ROWS = [
@@ -1770,6 +1779,20 @@ def test_a_signal_handler_that_closes_the_session_while_it_steps():
     assert_gone(session._servers[0].process.pid)
 
 
+def test_a_session_that_another_thread_closes_says_so(workplace):
+    """And not that its server has sent two replies to one request, the second being that to the close."""
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(10):
+            session = odd_session("1 worker", "__import__('time').sleep(0.1)", "step")
+            session.reset(0)
+            session.step([0, 0, 0])
+            stepping = pool.submit(session.step, [0, 0, 0])
+            time.sleep(0.05)
+            session.close()
+            with pytest.raises(BridgeError, match=r"^step 2: the session was closed meanwhile"):
+                stepping.result(timeout=10)
+
+
 def test_a_session_that_a_signal_handler_replaces_leaves_the_new_one_alone(monkeypatch):
     """The new one's pipes have the old one's numbers, and the old one has yet to send its request."""
     sessions = []
@@ -1811,7 +1834,12 @@ def test_a_sigterm_that_ends_the_trainer_is_not_a_native_environments_failure(me
 
     session = NativeSession([Struck()], Contract((2,), 2))
     session.reset(0)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def leave(number, _):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         with pytest.raises(SystemExit, match="143"):
             session.step([0]) if method == "step" else session.close()
@@ -1819,13 +1847,20 @@ def test_a_sigterm_that_ends_the_trainer_is_not_a_native_environments_failure(me
         signal.signal(signal.SIGTERM, before)
 
 
+def enough(number, frame):
+    raise TimeoutError("enough")
+
+
+def enough_once(number, *_):
+    """So that the second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    enough(number, None)
+
+
+@pytest.mark.parametrize("handler", [enough, enough_once, functools.partial(enough), lambda *both: enough(*both)])
 @pytest.mark.parametrize("kind", ["native", "1 worker"])
-def test_what_a_signal_handler_raises_arrives_as_it_is(kind):
+def test_what_a_signal_handler_raises_arrives_as_it_is(kind, handler):
     """Someone else's deadline, say: no failure of the environment."""
-
-    def handler(*_):
-        raise TimeoutError("enough")
-
     before = signal.signal(signal.SIGALRM, handler)
     try:
         session = odd_session(kind, f"os.kill({os.getpid()}, 14); __import__('time').sleep(20)", "step")
@@ -4030,8 +4065,18 @@ def test_a_session_of_another_size_is_refused():
     with pytest.raises(ppo.BadInput, match="the session has 3 environments: say so in"):
         ppo.train(ppo.Args(), cartpole_session(3))
     session = cartpole_session(8)
-    with pytest.raises(ppo.BadInput, match="needs a session of its own"):
+    with pytest.raises(ppo.BadInput, match="needs environments of its own"):
         ppo.train(ppo.Args(), session, session)
+
+
+def test_an_evaluation_does_not_play_in_the_environments_of_training():
+    """Two sessions over the same ones would each see transitions of the other's episodes."""
+    from gymnasium import wrappers
+
+    envs = cartpole_session(8)._envs
+    again = NativeSession([wrappers.TransformReward(env, abs) for env in envs[:1]], ppo.CONTRACT)
+    with pytest.raises(ppo.BadInput, match="needs environments of its own"):
+        ppo.train(ppo.Args(), NativeSession(envs, ppo.CONTRACT), again)
 
 
 def test_a_session_that_was_closed_cannot_be_evaluated_in():
