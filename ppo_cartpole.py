@@ -1,13 +1,13 @@
 """Proximal Policy Optimization (PPO) on CartPole-v1: one file, to be read from top to bottom.
 
-    python ppo_cartpole.py --seed 1     # learns to balance the pole, a few seconds on a laptop
+    python ppo_cartpole.py --seed 1     # learns to balance the pole, in some seconds
     python ppo_cartpole.py --watch      # plays what it has learned, in a window
 
 A cart carries a pole.  At every step the agent pushes the cart left or right, and is paid 1.  An episode ends when the
 pole leans too far or the cart leaves the track (terminated), or after 500 steps (truncated).  Solved is a mean return
 of 475; pushing at random returns about 20.  Watch the returns climb, with an approximate KL (how far the policy is from
 the one that acted, on average over an update's minibatches) around 0.007 and an entropy that falls from 0.69 (= ln 2,
-undecided) to 0.5 .. 0.6.
+undecided) to around 0.5.
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -15,8 +15,8 @@ PPO repeats three things; train(), below, is the loop.
     gamma^k if it is k steps ahead.  gae() turns rewards and predictions into advantages: how much better each action
     was than predicted.
   - Learn, in several passes over the rollout: ppo_loss() makes actions whose advantage is above average likelier, the
-    others less likely; a sample no longer counts once its action's probability has changed by a fifth that way.  The
-    critic learns to predict better.
+    others less likely; a sample stops pushing the actor once its action's probability has changed by a fifth that way.
+    The critic learns to predict better.
 Returns in the log are not discounted: sums of an episode's rewards.  Now and then the greedy policy, which always takes
 the most probable action, is evaluated on its own.
 
@@ -224,8 +224,8 @@ from torch import nn  # noqa: E402
 def mlp(obs_shape: tuple[int, ...], outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units.  Orthogonal weights, zero biases ([3], detail 2).
 
-    An orthogonal matrix multiplies every length by its gain (a wide one, by its gain at most): so signals and gradients
-    neither explode nor, unless there are many inputs, vanish when learning begins.  The gain of sqrt(2) is [3]'s.
+    An orthogonal matrix stretches all directions alike (a wide one shortens some), so that none is favoured when
+    learning begins.  The gain of sqrt(2) is [3]'s.
     """
     flatten = nn.Flatten(start_dim=-len(obs_shape))  # (..., *D) -> (..., numbers in an observation)
     layers = [nn.Linear(math.prod(obs_shape), 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
@@ -399,14 +399,14 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of PPO, to be minimised: clipped surrogate, the critic's squared error, entropy bonus ([1], eq. 9).
 
-    The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), makes an action likelier in proportion to its
-    advantage, but holds only for the policy that collected the data: one gradient step, and the data is stale.  PPO
-    takes the ratio r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while
-    r is 1, that of log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).
-    For nothing else: states and advantages are still the old policy's, and a large ratio makes much noise.  So the
-    clipped surrogate, which PPO maximises in the place of the return, ignores a sample once its ratio has moved by more
-    than ``clip_coef`` in the direction that its advantage asks for.  Then a rollout can be used for several epochs
-    (passes).
+    The policy gradient, E[A_t * grad log pi(a|s)] ([1], eq. 1; [4]), says how the mean return changes with the actor's
+    weights: each sample pushes its action's probability up or down, in proportion to its advantage.  But it holds only
+    for the policy that collected the data: one gradient step, and the data is stale.  PPO takes the ratio
+    r = pi(a|s) / pi_old(a|s) in the place of log pi(a|s).  Its gradient is r * grad log pi(a|s): while r is 1, that of
+    log pi(a|s); later r makes up for actions that have become likelier or rarer (importance sampling).  It makes up for
+    nothing else: states and advantages stay the old policy's, and a large ratio is noisy.  So the clipped surrogate,
+    which PPO maximises in the place of the return, ignores a sample once its ratio has moved by more than ``clip_coef``
+    in the direction that its advantage asks for.  Then a rollout can be used for several epochs (passes).
 
     logits (B, A), all finite (mask an action with -1e9, not -inf), and values (B,) of the current networks; actions
     (B,) int64, old_log_probs (B,) under the policy that acted; advantages (B,), B > 1, normalised here; targets (B,) of
@@ -423,11 +423,11 @@ def ppo_loss(
     log_ratio = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - old_log_probs  # (B,)
     ratio = log_ratio.exp()  # r_t(theta), not a reward
 
-    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  Dividing keeps the
-    # entropy bonus and the clipping of the actor's gradient equally strong whatever the scale of the rewards;
+    # Differs from the paper: advantages are normalised in each minibatch ([3], detail 7).  Dividing makes the balance
+    # with the entropy bonus, and the clipping of the actor's gradient, independent of the scale of the rewards;
     # subtracting makes "good" (A_t > 0, below) mean better than the minibatch's average.  Noise is scaled, too: where
     # no action is better than another, the policy drifts.
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # (B,) A_t, from here on
 
     # L_clip = E[min(r_t(theta) * A_t, clip(r_t(theta), 1 - eps, 1 + eps) * A_t)]          [1], eq. 7
     # The min picks the clipped, constant branch exactly where the policy has gone far enough: for a good action
@@ -435,7 +435,7 @@ def ppo_loss(
     # zero; the ratio may still move, with other samples, the entropy bonus and the optimiser's momentum.  On the other
     # side nothing is clipped, so that a step in the wrong direction can be undone.
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    policy_loss = -torch.min(ratio * normalised, clipped_ratio * normalised).mean()
 
     # L_vf = E[(V(s_t) - V_target)^2]                                                      [1], below eq. 9
     # Not clipped, unlike in OpenAI's code (ppo2): there is no evidence that it helps ([3], detail 9).
@@ -514,8 +514,8 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         eval_session = resources.enter_context(eval_session or session.twin(args.eval_episodes))
         if session.num_envs != args.num_envs:
             raise BadInput(f"the session has {session.num_envs} environments: say so in Args(num_envs=...)")
-        if session is eval_session:
-            raise BadInput("an evaluation would end the episodes of training: it needs a session of its own")
+        if session.shares_environments(eval_session):
+            raise BadInput("an evaluation would end the episodes of training: it needs environments of its own")
 
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
@@ -548,13 +548,16 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 args.gamma,
                 args.gae_lambda,
             )  # (T, N)
+            # Fixed for all passes: the critic is to move towards them, not they (V(s') is in them) towards it.
             targets = advantages + rollout.values  # from advantages not yet normalised; TD(lambda) in [3], detail 5
-            # 1 - Var[target - V] / Var[target]: 0 for a critic that knows only the mean, below for a worse one, near 1
-            # for one that predicts the targets.  High alone proves little: targets contain V(s'), so that a wrong V
-            # which changes little from step to step agrees with them.
+            # 1 - Var[target - V] / Var[target]: 0 for a critic that says the same everywhere, below for a worse one,
+            # near 1 for one that follows the targets (a constant error does not show).  High alone proves little:
+            # targets contain V(s'), so that a wrong V which changes little from step to step agrees with them.
             explained_variance = 1 - advantages.var() / targets.var()  # target - V is the advantage
 
-            # Optimise.
+            # Optimise.  Each sample carries its advantage and its target by now, so that order no longer matters: the
+            # passes shuffle.  One loss will do, since no weights are shared: its squared error moves the critic alone,
+            # the rest the actor.
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten()  # (T * N, ...)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
@@ -686,12 +689,6 @@ class Run:
         return self.rows[-1:] == [self.update] and math.isfinite(self.history["avg_return"][-1])
 
     @property
-    def awaits_evaluation(self) -> bool:
-        """Is an evaluation due after this update?  (Also one that was interrupted, after --resume.)"""
-        due = self.update % self.args.eval_every == 0 or self.update == self.args.updates
-        return due and not self.evaluated
-
-    @property
     def awaits_verdict(self) -> bool:
         """Has the evaluation after this update reached the goal, or was it the last?  (Then fresh episodes are due.)"""
         reached = self.evaluated and self.greedy_return >= self.solved_return
@@ -731,14 +728,16 @@ class Run:
         form |= {"actor": dict(self.actor.state_dict()), "critic": dict(self.critic.state_dict())}
         form |= {"history": {name: [0.0] for name in SERIES} | {"env_steps": [0]}}
         for name, example in form.items():
-            check_form(name, state[name], example)
+            if not fits(state[name], example):
+                raise ValueError(f"invalid {name}")
         if state["update"] > self.args.updates:
             done = f"{self.args.checkpoint} has completed {state['update']} updates"
             raise BadInput(f"{done}; --updates includes these: raise it")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
             example = [{name: torch.zeros(()) if name == "step" else w for name in optimizer.moments} for w in weights]
-            check_form("optimizer", stored["state"], dict(enumerate(example)) if state["update"] else {})
+            if not fits(stored["state"], dict(enumerate(example)) if state["update"] else {}):
+                raise ValueError("invalid optimizer")
             # The moments alone: whatever else an optimiser has comes from the code and the flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
         steps = state["steps"]
@@ -747,7 +746,8 @@ class Run:
         if {len(values) for values in state["history"].values()} != {len(steps)}:
             raise ValueError("the history's series have different lengths")
         if state["final_returns"] is not None:
-            check_form("final_returns", state["final_returns"], [0.0])
+            if not fits(state["final_returns"], [0.0]):
+                raise ValueError("invalid final_returns")
             self.final_returns = np.array(state["final_returns"]).reshape(FINAL_EPISODES)
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
@@ -810,7 +810,8 @@ class Run:
 
     def evaluate_if_due(self) -> None:
         """Every ``eval_every`` updates, and at the end; after --resume, also what an interruption has left out."""
-        if self.awaits_evaluation:
+        due = self.update % self.args.eval_every == 0 or self.update == self.args.updates
+        if due and not self.evaluated:
             self.log_evaluation(self.evaluate("evaluation", self.args.eval_episodes))
         if self.awaits_verdict:
             self.evaluate_finally()
@@ -983,26 +984,20 @@ def part_of(path: Path) -> Path:
     return Path(f"{path}.{os.getpid()}.part")
 
 
-def check_form(name: str, stored: Any, example: Any) -> None:
-    """Raises ValueError unless ``stored`` is built like ``example``: types, keys, shapes; lists of any length."""
-    good = type(stored) is type(example)
+def fits(stored: Any, example: Any) -> bool:
+    """Is ``stored`` built like ``example``: types, keys, shapes, whole numbers from 0 up; lists of any length?"""
     if isinstance(example, float):  # an integer will do, but not one of 400 digits
-        good = type(stored) in (int, float) and not 1e300 <= abs(stored) < math.inf
-    elif good and isinstance(example, torch.Tensor):  # Adam's kernel would trust any shape, and reads as if contiguous
-        good = (stored.dtype, stored.shape) == (example.dtype, example.shape) and stored.is_contiguous()
-        good = good and bool(stored.isfinite().all())
-    elif good and isinstance(example, dict):
-        good = stored.keys() == example.keys()
-    elif good and isinstance(example, int):
-        good = 0 <= stored < 2**63
-    if not good:
-        raise ValueError(f"invalid {name}")
+        return type(stored) in (int, float) and not 1e300 <= abs(stored) < math.inf
+    if type(stored) is not type(example):
+        return False
+    if isinstance(example, torch.Tensor):  # Adam's kernel would trust any shape, and reads as if contiguous
+        alike = (stored.dtype, stored.shape) == (example.dtype, example.shape)
+        return alike and stored.is_contiguous() and bool(stored.isfinite().all())
     if isinstance(example, dict):
-        for key in example:
-            check_form(name, stored[key], example[key])
-    elif isinstance(example, list):
-        for value in stored:
-            check_form(name, value, example[0])
+        return stored.keys() == example.keys() and all(fits(stored[key], example[key]) for key in example)
+    if isinstance(example, list):
+        return all(fits(value, example[0]) for value in stored)
+    return bool(0 <= stored < 2**63)
 
 
 def cloned(tree: Any) -> Any:
@@ -1014,23 +1009,18 @@ def cloned(tree: Any) -> Any:
 
 def json_number(value: float) -> float | str:
     """Strict JSON has no word for the non-finite ones: NaN, Infinity, -Infinity travel as strings."""
-    return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    return value if math.isfinite(value) else json.dumps(value)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and the like wait until the block is through."""
-    if threading.current_thread() is not threading.main_thread():  # where signals never arrive
-        yield
-        return
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals never arrive
     waiting: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, lambda number, _: waiting.append(number)) for number in numbers]
-    try:
+    with contextlib.ExitStack() as restored:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main else ():
+            restored.callback(signal.signal, number, signal.signal(number, lambda number, _: waiting.append(number)))
         yield
-    finally:
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
     for missed in waiting:
         signal.raise_signal(missed)
 
@@ -1054,7 +1044,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
-                if record.external_attr or record.compress_type:  # a few bytes can unpack to gigabytes
+                if record.external_attr or record.compress_type:  # torch writes neither; bytes can unpack to gigabytes
                     raise ValueError(f"{record.filename} is no plain file")
                 archive.read(record)  # compares checksums; torch.load does not, and takes anything for numbers
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1172,7 +1162,7 @@ def stop(message: object, code: int) -> NoReturn:
     with contextlib.suppress(OSError):  # the reader may be gone
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     try:
-        print(end="", flush=True)
+        sys.stdout.flush()
     except OSError:  # Python would try once more at the end, and leave with code 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
