@@ -65,6 +65,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+if __name__ == "__main__":  # until main(): Ctrl-C during the imports ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import tyro
 
@@ -206,9 +209,7 @@ def open_session(args: Args, num_envs: int, **make_kwargs: Any) -> GymnasiumSess
 
 STARTED = time.perf_counter()  # the seconds of a run are counted from here
 if __name__ == "__main__":  # --help and bad flags are answered before torch, which takes most of a second, is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main()
-    # Until main(), too: Python would look for garbage among torch's objects again and again, which takes 0.3 s in all.
-    gc.disable()
+    gc.disable()  # until main(): Python would look for garbage among torch's objects again and again, for 0.3 s in all
     try:
         tyro.cli(Args)
     except OSError:  # --help | head, and nobody reads the rest
@@ -1161,10 +1162,6 @@ def stop(message: object, code: int) -> NoReturn:
     """End the program with one message to the person who started it."""
     with contextlib.suppress(OSError):  # the reader may be gone
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python would try once more at the end, and leave with code 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
@@ -1197,6 +1194,12 @@ def main() -> None:
     except SessionFailure as error:
         unfit = str(error.stage).endswith("start") or (args.watch and error.stage == "reset")  # it cannot draw
         stop(error, 2 if unfit else 1)
+    finally:
+        for number, stream in (1, sys.stdout), (2, sys.stderr):
+            try:
+                print(end="", file=stream, flush=True)
+            except OSError:  # nobody reads it: Python would try once more at the end, and leave with code 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 if __name__ == "__main__":

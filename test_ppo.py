@@ -4752,11 +4752,11 @@ def test_an_environment_that_falls_ill_while_it_is_watched():
 
 
 def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
-    """SIGHUP saves like Ctrl-C, and so does Ctrl-C when nobody reads the output any more."""
-    for number, code in (signal.SIGHUP, 129), (signal.SIGINT, 130):
+    """SIGHUP saves like Ctrl-C, and so does Ctrl-C when nobody reads the output any more (as at the end of | tee)."""
+    for number, code in (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143):
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, if the tests run under nohup
         process = subprocess.Popen(
-            [sys.executable, "-u", str(HERE / "ppo_cartpole.py"), "--solved-return", "9999", "--updates", "9999"],
+            [sys.executable, str(HERE / "ppo_cartpole.py"), "--solved-return", "9999", "--updates", "9999"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -4771,6 +4771,14 @@ def test_a_terminal_that_is_closed_and_a_reader_that_leaves():
         process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=20) == code
         assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] >= 5
+
+
+@pytest.mark.parametrize("module", ["numpy", "tyro", "torch"])
+def test_ctrl_c_while_a_module_is_imported_needs_no_traceback(module):
+    Path(f"{module}.py").write_text("import os; os.kill(os.getpid(), 2)")
+    command = [sys.executable, HERE / "ppo_cartpole.py"]
+    done = run(command, env={**os.environ, "PYTHONPATH": "."}, preexec_fn=lambda: signal.signal(2, signal.SIG_DFL))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_nohup_and_the_sigterm_of_a_cluster():
