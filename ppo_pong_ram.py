@@ -39,6 +39,8 @@ References
     [7] Karpathy 2016, Deep Reinforcement Learning: Pong from Pixels
     [8] Jordan et al. 2024, Muon: An Optimizer for Hidden Layers in Neural Networks
     [9] Wei & Luke 2016, Lenient Learning in Independent-Learner Stochastic Cooperative Games, JMLR 17
+    [10] Tancik et al. 2020, Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains,
+        NeurIPS
 
 Legend, used in shape comments
     T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, K); here (2, 134)
@@ -251,60 +253,76 @@ from torch import nn  # noqa: E402
 
 
 class Inputs(nn.Module):
-    """What a network sees: the newest bytes and action, and their changes since the step before, scaled one by one.
+    """What a network sees of each byte: its value, sines and cosines of it, and its change since the step before.
 
-    A ball's motion is a tiny difference between two large numbers; given as its own input, and scaled by how large
-    such differences are, it is as easy to see as the ball's position.  So each number is scaled to mean 0 and standard
-    deviation 1, and clipped at five of these ([3], details 6 and 7 for continuous actions, clips at ten).  Means and
-    deviations are those of all rollouts so far (in the first rollout all inputs are 0: every action is equally likely,
-    and only the output biases learn from it).  They and the sums that they come from are buffers: saved with the
-    weights, changed only by ``update``.  The sums are float64, in which whole numbers are exact up to 2**53
-    (``.float()`` and ``.half()`` would spoil them).
+    A ball's motion is a tiny difference between two large numbers; given as an input of its own, scaled by how large
+    such differences are, it is as easy to see as the ball's position.  And where a few pixels decide, sines and cosines
+    tell places apart that lie close together (positional encoding [10]): with the position alone, a network is slow to
+    learn what changes within a short distance.  Each input is scaled to mean 0 and standard deviation 1 over all
+    rollouts so far, and clipped at 5 ([3], details 6 and 7 for continuous actions, clips at 10).  In the first rollout
+    nothing is shown: every action is equally likely, and only the output biases learn from it.
+
+    An input depends on a single byte, so there is a table of what it is for each of the 256 values.  Counts and table
+    are buffers: saved with the weights, changed only by ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
+
+    PERIODS = (128.0, 64.0, 32.0)  # of the sines and cosines
 
     def __init__(self, obs_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(obs_shape) != 2 or obs_shape[0] < 2:
             raise ValueError(f"observations must be (F, K), F > 1 (give the session a frame_stack), not {obs_shape}")
-        self.size = math.prod(obs_shape)
-        self.count: torch.Tensor = nn.Buffer(torch.zeros((), dtype=torch.float64))  # the observations so far
-        self.total: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) sum of each number
-        self.squares: torch.Tensor = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))  # (F * K,) of its square
-        self.mean: torch.Tensor = nn.Buffer(torch.zeros(self.size))  # (F * K,) of each number
-        self.scale: torch.Tensor = nn.Buffer(torch.zeros(self.size))  # (F * K,) 1 / its standard deviation
-
-    def raw(self, observations: torch.Tensor) -> torch.Tensor:
-        """(..., F, K) uint8 -> (..., F * K) float32: the newest numbers, and by how much each has changed."""
-        if observations.dtype != torch.uint8:
-            raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
-        newest, changes = observations[..., -1, :], observations.diff(dim=-2)
+        frames, numbers = obs_shape
+        value = torch.arange(256, dtype=torch.uint8)
+        angle = 2 * math.pi * value.double() / torch.tensor(self.PERIODS).unsqueeze(-1)  # (periods, 256)
         # A difference of bytes is modulo 256.  Read as -128 .. 127 it is right for a counter that wraps around, too,
         # while a jump of 128 or more changes its sign.
-        return torch.cat([newest.float(), changes.view(torch.int8).float().flatten(-2)], -1)
+        change = value.view(torch.int8).double().expand(frames - 1, -1)  # (F - 1, 256)
+        # The I inputs of a number, for each value of the byte that they come from: the newest (0), or a change (1, ..).
+        raw = torch.cat([value.double().unsqueeze(0), angle.sin(), angle.cos(), change])
+        self.raw: torch.Tensor = nn.Buffer(raw, persistent=False)  # (I, 256)
+        self.source = [0] * (len(raw) - len(change)) + list(range(1, frames))
+        self.size = len(raw) * numbers
+        self.counts: torch.Tensor = nn.Buffer(torch.zeros(frames, numbers, 256, dtype=torch.int64))
+        self.table: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, 256))  # (I, K, 256) the inputs, scaled
 
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return (self.raw(observations) - self.mean).mul_(self.scale).clamp_(-5, 5)  # in place: two copies less
+    @staticmethod
+    def newest_and_changes(observations: torch.Tensor) -> torch.Tensor:
+        """(..., F, K) bytes: the newest ones, then how much each has changed from step to step, modulo 256."""
+        if observations.dtype != torch.uint8:
+            raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
+        return torch.cat([observations[..., -1:, :], observations.diff(dim=-2)], -2)
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., F, K) -> (..., U) inputs, and their places among all I * K: those of numbers that have ever changed."""
+        number = self.table[0].any(-1).nonzero().squeeze(-1)  # (U / I,); the others would be 0, and cost time
+        row = torch.arange(len(self.table), device=number.device).unsqueeze(-1)  # (I, 1)
+        places = (row * self.table.shape[1] + number).int()  # (I, U / I)
+        value = self.newest_and_changes(observations[..., number])[..., self.source, :]  # (..., I, U / I)
+        inputs = self.table.flatten().index_select(0, (256 * places + value).flatten())  # table[row, number, value]
+        return inputs.view(*observations.shape[:-2], places.numel()), places.flatten()
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
-        raw = self.raw(observations).flatten(0, -2)
-        self.count += len(raw)
-        self.total += raw.sum(0, dtype=torch.float64)
-        self.squares += raw.square().sum(0, dtype=torch.float64)
-        mean = self.total / self.count
-        variance = self.squares / self.count - mean.square()
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(variance > 0, variance.rsqrt(), 0))  # what has never changed says nothing: 0
+        value = self.newest_and_changes(observations).flatten(0, -3)  # (B, F, K)
+        start = torch.arange(0, self.counts.numel(), 256, dtype=torch.int32, device=value.device).view(value.shape[1:])
+        self.counts += (start + value).flatten().bincount(minlength=self.counts.numel()).view_as(self.counts)
+        share = self.counts[self.source] / self.counts[0, 0].sum().double()  # (I, K, 256)
+        mean = (share * self.raw.unsqueeze(1)).sum(-1, keepdim=True)  # (I, K, 1)
+        offset = self.raw.unsqueeze(1) - mean  # (I, K, 256)
+        variance = (share * offset.square()).sum(-1, keepdim=True)  # (I, K, 1)
+        # What has never changed says nothing: 0.  (Nor does a sine of values that are whole periods apart.)
+        self.table.copy_(torch.where(variance > 1e-9, offset * variance.rsqrt(), 0).clamp(-5, 5))
 
 
 class InputLinear(nn.Linear):
-    """nn.Linear without inputs that are 0 in a whole batch, to save time: in Pong three in four, which never change."""
+    """nn.Linear of the inputs that are shown, which come with their places: in Pong, a quarter of all."""
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        used = inputs.reshape(-1, self.in_features).any(0).nonzero().squeeze(-1)  # (U,) indices of the U others
-        return nn.functional.linear(inputs.index_select(-1, used), self.weight.index_select(1, used), self.bias)
+    def forward(self, shown: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        inputs, places = shown  # (..., U), (U,)
+        return nn.functional.linear(inputs, self.weight.index_select(1, places), self.bias)
 
 
 def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
@@ -312,8 +330,9 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
 
     LayerNorm (a sample's 128 numbers get mean 0 and standard deviation 1, then a scale and an offset that are learned)
     cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
-    smaller relative to them.  No norm follows the last layer: there the gain matters.  (With tanh alone, as for
-    CartPole, two runs learned more slowly; with ReLU alone, two fell somewhat behind after two million steps.)
+    smaller relative to them.  No norm follows the last layer: there the gain matters.  (Before sines and cosines were
+    shown, two runs with tanh alone, as for CartPole, learned more slowly, and two with ReLU alone fell somewhat behind
+    after two million steps.)
     """
     layers = [InputLinear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -575,9 +594,9 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # With all singular values 1, the entries' root mean square would be 1 / sqrt(longer side); the factor
-                # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.14 to
-                # 0.18, since tiny singular values stay below 1; in the first layer 0.11, since three columns in four
-                # have no gradient, their inputs never changing (0.21 to 0.23 in the fourth).
+                # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.16 to
+                # 0.18, since tiny singular values stay below 1; but in the first layer three columns in four have no
+                # gradient, their inputs never changing, and the fourth moves by 0.32 to 0.34.
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
@@ -720,14 +739,14 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
             torch.set_num_threads(min(2, CORES))  # the emulators rest meanwhile
             # Scaled once, for both networks and all passes: so it is their .net alone that is called below.
-            inputs = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, F * K)
+            inputs, places = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, U), (U,)
             actions = rollout.actions.flatten()  # (T * N,)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()
             infos = []
             for _ in range(args.update_epochs):
                 order = torch.randperm(len(actions), device=device)
                 for minibatch in order.chunk(args.num_minibatches):  # (B,) indices
-                    picked = inputs[minibatch]  # (B, F * K)
+                    picked = inputs[minibatch], places  # (B, U), (U,)
                     loss, info = ppo_loss(
                         actor.net(picked),
                         critic.net(picked).squeeze(-1),
