@@ -1195,11 +1195,11 @@ def main() -> None:
         unfit = str(error.stage).endswith("start") or (args.watch and error.stage == "reset")  # it cannot draw
         stop(error, 2 if unfit else 1)
     finally:
-        for number, stream in (1, sys.stdout), (2, sys.stderr):
+        for descriptor, stream in (1, sys.stdout), (2, sys.stderr):
             try:
                 print(end="", file=stream, flush=True)
             except OSError:  # nobody reads it: Python would try once more at the end, and leave with code 120
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 if __name__ == "__main__":
