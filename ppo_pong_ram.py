@@ -280,13 +280,15 @@ class Inputs(nn.Module):
         # A difference of bytes is modulo 256.  Read as -128 .. 127 it is right for a counter that wraps around, too,
         # while a jump of 128 or more changes its sign.
         change = value.view(torch.int8).double().expand(frames - 1, -1)  # (F - 1, 256)
-        # The I inputs of a number, for each value of the byte that they come from: the newest (0), or a change (1, ..).
-        raw = torch.cat([value.double().unsqueeze(0), angle.sin(), angle.cos(), change])
+        # The I inputs of a number, for each value of the byte that they come from: the newest (0) or a change (1, ..).
+        raw = torch.cat([value.double().unsqueeze(0), change, angle.sin(), angle.cos()])
+        source = torch.tensor([*range(frames), *[0] * 2 * len(angle)])
         self.raw: torch.Tensor = nn.Buffer(raw, persistent=False)  # (I, 256)
-        self.source = [0] * (len(raw) - len(change)) + list(range(1, frames))
+        self.source: torch.Tensor = nn.Buffer(source, persistent=False)  # (I,)
         self.size = len(raw) * numbers
         self.counts: torch.Tensor = nn.Buffer(torch.zeros(frames, numbers, 256, dtype=torch.int64))
         self.table: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, 256))  # (I, K, 256) the inputs, scaled
+        self.shown: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, dtype=torch.bool))  # the others would be 0
 
     @staticmethod
     def newest_and_changes(observations: torch.Tensor) -> torch.Tensor:
@@ -296,13 +298,13 @@ class Inputs(nn.Module):
         return torch.cat([observations[..., -1:, :], observations.diff(dim=-2)], -2)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(..., F, K) -> (..., U) inputs, and their places among all I * K: those of numbers that have ever changed."""
-        number = self.table[0].any(-1).nonzero().squeeze(-1)  # (U / I,); the others would be 0, and cost time
-        row = torch.arange(len(self.table), device=number.device).unsqueeze(-1)  # (I, 1)
-        places = (row * self.table.shape[1] + number).int()  # (I, U / I)
-        value = self.newest_and_changes(observations[..., number])[..., self.source, :]  # (..., I, U / I)
+        """(..., F, K) -> (..., U), the inputs that are shown, and (U,), their places among all I * K."""
+        row, number = self.shown.nonzero(as_tuple=True)  # (U,) each
+        numbers = self.shown.shape[1]
+        places = (row * numbers + number).int()
+        value = self.newest_and_changes(observations).flatten(-2).index_select(-1, self.source[row] * numbers + number)
         inputs = self.table.flatten().index_select(0, (256 * places + value).flatten())  # table[row, number, value]
-        return inputs.view(*observations.shape[:-2], places.numel()), places.flatten()
+        return inputs.view(value.shape), places
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
@@ -313,8 +315,11 @@ class Inputs(nn.Module):
         mean = (share * self.raw.unsqueeze(1)).sum(-1, keepdim=True)  # (I, K, 1)
         offset = self.raw.unsqueeze(1) - mean  # (I, K, 256)
         variance = (share * offset.square()).sum(-1, keepdim=True)  # (I, K, 1)
-        # What has never changed says nothing: 0.  (Nor does a sine of values that are whole periods apart.)
-        self.table.copy_(torch.where(variance > 1e-9, offset * variance.rsqrt(), 0).clamp(-5, 5))
+        # What has never changed says nothing.  (Nor do sines of a number that has had two values only, as those of an
+        # action: they would repeat it.)
+        self.shown.copy_(variance.squeeze(-1) > 1e-9)
+        self.shown[len(self.counts) :, (self.counts[0] > 0).sum(-1) <= 2] = False
+        self.table.copy_(torch.where(self.shown.unsqueeze(-1), offset * variance.rsqrt(), 0).clamp(-5, 5))
 
 
 class InputLinear(nn.Linear):
