@@ -995,6 +995,7 @@ class Run:
         checkpoint = self.places[-1]
         if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
             checkpoint.replace(f"{checkpoint}.old")
+            print(f"an older {self.args.checkpoint} is now {self.args.checkpoint}.old", flush=True)
         with uninterrupted():
             if self.rows[-1:] != [self.update]:  # else an interruption has made the row, without it
                 self.add_row()

@@ -4300,8 +4300,9 @@ def test_an_actor_that_says_nan_chooses_no_action(logit):
             ppo.collect_rollout(session, actor, networks()[1], 100)
 
 
-def test_a_new_run_sets_the_checkpoint_aside_that_it_finds():
+def test_a_new_run_sets_the_checkpoint_aside_that_it_finds(capsys):
     first, second = (ppo.train(ppo.Args(seed=seed, updates=1, eval_max_steps=1)) for seed in (1, 2))
+    assert capsys.readouterr().out.count("an older data/rl/ppo_cartpole.pt is now data/rl/ppo_cartpole.pt.old\n") == 1
     kept = ppo.load_checkpoint(Path(f"{first.args.checkpoint}.old"))
     assert kept["args"]["seed"] == 1
     assert ppo.load_checkpoint(second.args.checkpoint)["args"]["seed"] == 2
