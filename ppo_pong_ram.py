@@ -9,8 +9,8 @@ of six actions for four frames; in each frame, with probability 0.25, the consol
 instead (sticky actions [6]), so that an action may begin late, and no sequence of moves can be learned by heart.  The
 picture is not looked at: an observation is the console's memory, 128 bytes whose meaning is not told.  Watch the
 sampled return climb from -20, with an approximate KL (how far the policy is from the one that acted, on average over an
-update's minibatches) around 0.007 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.4 .. 0.7 (ln 2 =
-0.69: sure of the move, undecided between the two actions for it).
+update's minibatches) around 0.008 at first, and the entropy fall from 1.79 (= ln 6, undecided) to 0.8 .. 1.0 (ln 2 =
+0.69 would be: sure of the move, undecided between the two actions for it).
 
 PPO repeats three things; train(), below, is the loop.
   - Collect a rollout: the actor (the policy) plays T steps in each of N environments, and samples its actions.
@@ -286,7 +286,7 @@ class Inputs(nn.Module):
         self.raw: torch.Tensor = nn.Buffer(raw, persistent=False)  # (I, 256)
         self.source: torch.Tensor = nn.Buffer(source, persistent=False)  # (I,)
         self.size = len(raw) * numbers
-        self.counts: torch.Tensor = nn.Buffer(torch.zeros(frames, numbers, 256, dtype=torch.int64))
+        self.counts: torch.Tensor = nn.Buffer(torch.zeros(frames, numbers, 256, dtype=torch.int64))  # of values so far
         self.table: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, 256))  # (I, K, 256) the inputs, scaled
         self.shown: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, dtype=torch.bool))  # the others would be 0
 
@@ -323,7 +323,7 @@ class Inputs(nn.Module):
 
 
 class InputLinear(nn.Linear):
-    """nn.Linear of the inputs that are shown, which come with their places: in Pong, a quarter of all."""
+    """nn.Linear of the inputs that are shown, which come with their places: in Pong, a fifth of all."""
 
     def forward(self, shown: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         inputs, places = shown  # (..., U), (U,)
@@ -599,9 +599,9 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # With all singular values 1, the entries' root mean square would be 1 / sqrt(longer side); the factor
-                # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.16 to
-                # 0.18, since tiny singular values stay below 1; but in the first layer three columns in four have no
-                # gradient, their inputs never changing, and the fourth moves by 0.32 to 0.34.
+                # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.15 to
+                # 0.18, since tiny singular values stay below 1; but in the first layer four columns in five have no
+                # gradient, their inputs not being shown, and the fifth moves by 0.34 to 0.37.
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
