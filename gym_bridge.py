@@ -614,6 +614,7 @@ class CheckedSession(ABC):
         if not self._turn.acquire(blocking=False) or self._dead is not None:
             raise BridgeError(f"this session is dead: {self._dead or 'another thread is in it'}")
         self._dead = f"its {stage} has not ended"
+        step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
         try:
             yield
             if self._closed:
@@ -627,8 +628,7 @@ class CheckedSession(ABC):
                 elif not isinstance(error, SessionFailure) and not _is_of_a_signal(error):  # nobody has thought of it
                     failure = BridgeError(_show_error(error))
                 if isinstance(failure, SessionFailure):
-                    failure.stage = stage
-                    failure.step = self.transitions_checked // self.num_envs + 1 if stage == "step" else None
+                    failure.stage, failure.step = stage, step
                     if failure.server is None:
                         failure.server = self._report(failure.env)
                 self._dead = f"{type(failure).__name__}: {failure}"

@@ -1782,8 +1782,8 @@ def test_a_signal_handler_that_closes_the_session_while_it_steps():
 def test_a_session_that_another_thread_closes_says_so(workplace):
     """And not that its server has sent two replies to one request, the second being that to the close."""
     with ThreadPoolExecutor(1) as pool:
-        for _ in range(10):
-            session = odd_session("1 worker", "__import__('time').sleep(0.1)", "step")
+        for _ in range(5):
+            session = odd_session("1 worker", "__import__('time').sleep(0.5)", "step")
             session.reset(0)
             session.step([0, 0, 0])
             stepping = pool.submit(session.step, [0, 0, 0])
