@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) on Pong, from the 128 bytes of the Atari's memory: to be read from top to bottom.
 
-    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in 10 to 30 minutes on two cores
+    python ppo_pong_ram.py --seed 1     # learns to beat the computer, in some 15 minutes on two cores
     python ppo_pong_ram.py --watch      # plays what it has learned, in a window
 
 Two paddles, one ball, and whoever has 21 points first wins.  A point won is a reward of 1, a point lost of -1, so a
@@ -743,7 +743,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
                 optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
                 optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
             torch.set_num_threads(min(2, CORES))  # the emulators rest meanwhile
-            # Scaled once, for both networks and all passes: so it is their .net alone that is called below.
+            # Looked up once, for both networks and all passes: so it is their .net alone that is called below.
             inputs, places = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, U), (U,)
             actions = rollout.actions.flatten()  # (T * N,)
             old_log_probs, advantages, targets = rollout.log_probs.flatten(), advantages.flatten(), targets.flatten()

@@ -3276,8 +3276,9 @@ def test_inputs_are_scaled_by_what_was_acted_on(monkeypatch):
     new = pong.Actor((3, 4), 2), pong.Critic((3, 4))
     run = pong.train(small_args(pong), small_session(pong))
     for before, network in zip(new, (run.actor, run.critic), strict=True):
-        newest = rollouts[0].observations[:, :, -1, 2]
-        assert torch.equal(network.inputs.counts[0, 2], torch.bincount(newest.flatten(), minlength=256))
+        first, second, third = rollouts[0].observations.flatten(0, 1).unbind(1)
+        for counts, values in zip(network.inputs.counts, (third, second - first, third - second), strict=True):
+            assert torch.equal(counts, torch.stack([values[:, k].bincount(minlength=256) for k in range(4)]))
         moved = [name for name, weights in before.named_parameters() if not weights.equal(network.get_parameter(name))]
         assert moved == ["net.2.bias"]
     assert run.actor.inputs is run.critic.inputs
@@ -3297,6 +3298,9 @@ def test_a_layer_of_the_inputs_that_are_shown_is_the_whole_layer_with_zeros_for_
     (expected**2).sum().backward()
     for name in "weight", "bias":
         torch.testing.assert_close(lean.get_parameter(name).grad, whole.get_parameter(name).grad)
+    with torch.no_grad():
+        lean.weight[:, [place for place in range(4) if place not in places]] = math.nan
+    assert lean((inputs, places)).isfinite().all()  # what is left out is not even looked at
 
 
 def test_a_network_of_float64_computes_what_one_of_float32_does():
