@@ -3066,6 +3066,31 @@ def test_annealing_lets_the_learning_rate_fall_and_pongs_entropy_bonus_faster(sc
     assert torch.get_num_threads() == 1  # set by train
 
 
+@pytest.mark.parametrize(("goal", "shares"), [(10, [1, 1, 1, 0.5, 0.25]), (None, [1] * 5), (-1, [1] * 5)])
+def test_pongs_learning_rate_falls_sooner_near_the_goal(goal, shares, monkeypatch):
+    class Rising:
+        """Episodes of two steps: the second makes up for the first, and pays what the episode is to return."""
+
+        returns = (0, 5, 8, 9.75, 10)
+        episode = -1
+
+        def reset(self, seed=None):
+            self.episode, self.t = self.episode + 1, 0
+            return np.zeros(2, np.uint8), {}
+
+        def step(self, action):
+            self.t += 1
+            paid = -5 if self.t == 1 else 5 + self.returns[self.episode]  # an evaluation ends after -5
+            return np.zeros(2, np.uint8), paid, self.t == 2, False, {}
+
+    rates = recorded(pong.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    session = NativeSession([Rising(), Rising()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
+    flags = {"updates": 5, "num_steps": 2, "eval_every": 1, "update_epochs": 1, "solved_return": goal}
+    run = pong.train(small_args(pong, learning_rate=0.01, **flags), session)
+    assert run.history["sampled_return"][1:] == [0, 5, 8, 9.75, 10]
+    assert rates == pytest.approx(0.01 * np.array([1, 0.8, 0.6, 0.4, 0.2]) * shares)
+
+
 @pytest.mark.parametrize("script", [ppo, pong])
 def test_where_all_episodes_are_alike_a_resumed_run_is_the_whole_one(script, monkeypatch):
     class Two:
