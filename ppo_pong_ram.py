@@ -843,6 +843,7 @@ class Run:
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
         self.rows: list[int] = []
+        self.first_row = 0  # of this process; without --resume it knows of no game
         self.history: dict[str, list[float]] = {name: [] for name in SERIES}
         self.final_returns: np.ndarray | None = None
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
@@ -882,8 +883,10 @@ class Run:
 
     @property
     def way_left(self) -> float:
-        """Of the way from the first row's sampled return to the goal, the share that is still ahead (at least 0.1)."""
-        sampled = [value for value in self.history["sampled_return"] if math.isfinite(value)]
+        """Of the way from the first sampled return to the goal, the share that is still ahead (at least 0.1)."""
+        # The first row after --resume says too much, or too little: games that are soon over come first.
+        rows = enumerate(self.history["sampled_return"])
+        sampled = [value for row, value in rows if math.isfinite(value) and row != self.first_row]
         if not sampled or not sampled[0] < self.solved_return < math.inf:
             return 1.0  # nobody knows
         return max((self.solved_return - sampled[-1]) / (self.solved_return - sampled[0]), 0.1)
@@ -961,6 +964,7 @@ class Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         self.update, self.env_steps = state["update"], state["env_steps"]
         self.rows, self.history = state["steps"], state["history"]
+        self.first_row = len(self.rows)
         self.checked_before += state["transitions_checked"]
         self.seconds_before, self.violations = state["seconds"], state["violations"]
 

@@ -3066,29 +3066,47 @@ def test_annealing_lets_the_learning_rate_fall_and_pongs_entropy_bonus_faster(sc
     assert torch.get_num_threads() == 1  # set by train
 
 
+class Rising:
+    """Episodes of two steps: the second makes up for the first, and pays what the episode is to return."""
+
+    def __init__(self, *returns):
+        self.returns = iter(returns)
+
+    def reset(self, seed=None):
+        self.t, self.paid = 0, next(self.returns, 0)
+        return np.zeros(2, np.uint8), {}
+
+    def step(self, action):
+        self.t += 1
+        paid = -5 if self.t == 1 else 5 + self.paid  # an evaluation ends after -5
+        return np.zeros(2, np.uint8), paid, self.t == 2, False, {}
+
+
+def rising_session(*returns):
+    contract = Contract((2,), 2, "uint8")
+    return NativeSession([Rising(*returns), Rising(*returns)], contract, frame_stack=3, append_action=True)
+
+
+RISING = {"num_steps": 2, "eval_every": 1, "update_epochs": 1, "learning_rate": 0.01}  # an episode an update
+
+
 @pytest.mark.parametrize(("goal", "shares"), [(10, [1, 1, 1, 0.5, 0.25]), (None, [1] * 5), (-1, [1] * 5)])
 def test_pongs_learning_rate_falls_sooner_near_the_goal(goal, shares, monkeypatch):
-    class Rising:
-        """Episodes of two steps: the second makes up for the first, and pays what the episode is to return."""
-
-        returns = (0, 5, 8, 9.75, 10)
-        episode = -1
-
-        def reset(self, seed=None):
-            self.episode, self.t = self.episode + 1, 0
-            return np.zeros(2, np.uint8), {}
-
-        def step(self, action):
-            self.t += 1
-            paid = -5 if self.t == 1 else 5 + self.returns[self.episode]  # an evaluation ends after -5
-            return np.zeros(2, np.uint8), paid, self.t == 2, False, {}
-
     rates = recorded(pong.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
-    session = NativeSession([Rising(), Rising()], Contract((2,), 2, "uint8"), frame_stack=3, append_action=True)
-    flags = {"updates": 5, "num_steps": 2, "eval_every": 1, "update_epochs": 1, "solved_return": goal}
-    run = pong.train(small_args(pong, learning_rate=0.01, **flags), session)
+    args = small_args(pong, updates=5, solved_return=goal, **RISING)
+    run = pong.train(args, rising_session(0, 5, 8, 9.75, 10))
     assert run.history["sampled_return"][1:] == [0, 5, 8, 9.75, 10]
     assert rates == pytest.approx(0.01 * np.array([1, 0.8, 0.6, 0.4, 0.2]) * shares)
+
+
+def test_how_near_the_goal_is_the_first_row_after_resume_does_not_say(monkeypatch):
+    rates = recorded(pong.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    args = small_args(pong, updates=2, solved_return=10, **RISING)
+    pong.train(args, rising_session(0, 5))
+    run = pong.train(dataclasses.replace(args, updates=6, resume=True), rising_session(8, 9.75, 10, 10))
+    assert run.history["sampled_return"][1:] == [0, 5, 8, 9.75, 10, 10]
+    left = 1 - np.array([0 / 2, 1 / 2, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert rates == pytest.approx(0.01 * left * [1, 1, 1, 1, 0.25, 0.25])  # the 8 alone would make it a half
 
 
 @pytest.mark.parametrize("script", [ppo, pong])
