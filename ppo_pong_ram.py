@@ -647,6 +647,14 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 # ----------------------------------------------------------------------------------------------------------- training
 
 
+def way_left(sampled_returns: list[float], goal: float) -> float:
+    """Of the way from the first sampled return to the goal, the share still ahead, at least 0.1; 1 if nobody knows."""
+    known = [value for value in sampled_returns if math.isfinite(value)]
+    if not known or not known[0] < goal < math.inf:
+        return 1.0
+    return max((goal - known[-1]) / (goal - known[0]), 0.1)
+
+
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
@@ -696,6 +704,7 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         adam = Adam(others, eps=1e-5, fused=True)
         run = Run(args, actor, critic, [muon, adam], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
+        first_row = len(run.rows)  # that this process adds to the log
 
         session.reset(run.episode_seed("training"))
         run.evaluate_if_due()  # before training: how good is knowing nothing?
@@ -705,8 +714,10 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # The share of the training that is left; without annealing it stays 1.
             # Differs from [3], detail 4: over the last two fifths of the sampled return's way to the goal it falls to a
             # quarter of that.  Large steps learn fast, small ones make a policy play well, and some runs come near the
-            # goal much sooner than others.
-            remaining = (1 - run.update / args.updates) * min(run.way_left / 0.4, 1) if args.anneal_lr else 1.0
+            # goal much sooner than others.  (Left out: after --resume, the first row holds games that are soon over.)
+            sampled = [value for row, value in enumerate(run.history["sampled_return"]) if row != first_row]
+            way = way_left(sampled, run.solved_return)
+            remaining = (1 - run.update / args.updates) * min(way / 0.4, 1) if args.anneal_lr else 1.0
 
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
@@ -843,7 +854,6 @@ class Run:
         self.title = f"PPO on {args.env_id}, seed {args.seed}"
         self.update = self.env_steps = self.violations = 0
         self.rows: list[int] = []
-        self.first_row = 0  # of this process; without --resume it knows of no game
         self.history: dict[str, list[float]] = {name: [] for name in SERIES}
         self.final_returns: np.ndarray | None = None
         default = SOLVED_RETURN if args.env_id == ENV_ID else math.inf
@@ -880,16 +890,6 @@ class Run:
     def greedy_return(self) -> float:
         """That of the last evaluation; the row of an interruption has none."""
         return next((value for value in reversed(self.history["avg_return"]) if math.isfinite(value)), math.nan)
-
-    @property
-    def way_left(self) -> float:
-        """Of the way from the first sampled return to the goal, the share that is still ahead (at least 0.1)."""
-        # The first row after --resume says too much, or too little: games that are soon over come first.
-        rows = enumerate(self.history["sampled_return"])
-        sampled = [value for row, value in rows if math.isfinite(value) and row != self.first_row]
-        if not sampled or not sampled[0] < self.solved_return < math.inf:
-            return 1.0  # nobody knows
-        return max((self.solved_return - sampled[-1]) / (self.solved_return - sampled[0]), 0.1)
 
     @property
     def evaluated(self) -> bool:
@@ -964,7 +964,6 @@ class Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         self.update, self.env_steps = state["update"], state["env_steps"]
         self.rows, self.history = state["steps"], state["history"]
-        self.first_row = len(self.rows)
         self.checked_before += state["transitions_checked"]
         self.seconds_before, self.violations = state["seconds"], state["violations"]
 

@@ -3251,7 +3251,7 @@ def test_the_scripts_share_all_but_what_pong_changes():
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
     for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    own = {"CORES", "FRAME_STACK", "InputLinear", "Inputs", "Muon", "orthogonalize"}
+    own = {"CORES", "FRAME_STACK", "InputLinear", "Inputs", "Muon", "orthogonalize", "way_left"}
     assert vars(pong).keys() ^ vars(ppo).keys() == own
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
     assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None", "leniency": "float"}
