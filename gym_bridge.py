@@ -620,6 +620,10 @@ class CheckedSession(ABC):
             if self._closed:
                 raise BridgeError("the session was closed meanwhile")
             self._dead = None
+        except GeneratorExit:  # a signal handler has raised within contextlib: that exception is on its way already
+            self._observation = None
+            self.close()
+            raise
         except BaseException as error:
             self._observation, failure = None, error
             try:
