@@ -40,7 +40,7 @@ Legend, used in shape comments
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "ale-py>=0.10", "tyro>=1.0.16"]
+# dependencies = ["torch==2.13.0", "gymnasium>=1.1,<2", "tyro>=1.0.16"]
 # ///
 
 from __future__ import annotations
@@ -492,9 +492,9 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe).  For another environment give ``Args`` another
-    ``env_id``, too (any text will do): else the default's goal ends the run.  eval_session: where the greedy policy is
-    evaluated, in environments of its own (default: the session's ``twin``).  Both are closed at the end.
+    session: where to train (default: what ``args`` describe).  If it is not CartPole's, say so in ``args.env_id`` (any
+    text will do): else CartPole's goal ends the run.  eval_session: where the greedy policy is evaluated, in
+    environments of its own (default: the session's ``twin``).  Both are closed at the end.
     ``args.resume`` continues from the checkpoint, with the flags of ``args`` (filling in the stored ones is main()'s
     work).
     Seeds torch, and sets its number of threads.
@@ -521,10 +521,9 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         actor = Actor(session.obs_shape, session.contract.n_actions).to(device)
         critic = Critic(session.obs_shape).to(device)
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Adam is torch.optim.Adam (Housekeeping only makes it start sooner).  With eps = 1e-5 ([3], detail 3; torch's
-        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rate is set before every
-        # update, below.)
-        optimizer = Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
+        # With eps = 1e-5 ([3], detail 3; torch's is 1e-8), weights whose gradients stay far below that hardly move.
+        # (The learning rate is set before every update, below.)
+        optimizer = torch.optim.Adam([*actor_weights, *critic_weights], eps=1e-5, fused=True)
         run = Run(args, actor, critic, [optimizer], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
 
@@ -605,28 +604,17 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 SERIES = {  # of the log: name, colour
     "avg_return": "#d1495b",  # mean return of the greedy policy's evaluation
     "sampled_return": "#8d99ae",  # mean return of the training episodes that ended since the row before
-    "approx_kl": "#00798c",  # from here to explained_variance: means over the updates since the row before
+    "approx_kl": "#00798c",  # from here to learning_rate: means over the updates since the row before
     "clip_fraction": "#edae49",
     "entropy": "#66a182",
     "policy_loss": "#2e4057",
     "value_loss": "#a23b72",
     "explained_variance": "#5f0f40",
+    "learning_rate": "#bc6c25",
     "env_steps": "#444444",  # so far, in training
 }
-
-
-def plain(optimizer: Any, *moments: str) -> Any:
-    """A subclass without the decorators that import torch.compile, which takes a second.
-
-    moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
-    """
-    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-    return type(optimizer.__name__, (optimizer,), methods)
-
-
-Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
+# What an optimiser remembers of each weight: numbers ("step"), else tensors of its shape.
+MOMENTS = {"Adam": ("step", "exp_avg", "exp_avg_sq")}
 
 
 class Run:
@@ -674,6 +662,9 @@ class Run:
         elif self.solved_return == math.inf:
             what += f" (without --solved-return it ends after update {args.updates})"
         print(f"{self.title}{resumed}: {what}", flush=True)
+        self.saved = args.resume  # has this run, or the one that it resumes, written its files?
+        if not self.saved and args.checkpoint.exists():  # an older run's, which may have taken long to learn
+            print(f"{args.checkpoint} is there already, and will become {args.checkpoint}.old", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -736,8 +727,9 @@ class Run:
             raise BadInput(f"{done}; --updates includes these: raise it")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
-            example = [{name: torch.zeros(()) if name == "step" else w for name in optimizer.moments} for w in weights]
-            if not fits(stored["state"], dict(enumerate(example)) if state["update"] else {}):
+            names = MOMENTS[type(optimizer).__name__]
+            example = [{name: torch.zeros(()) if name == "step" else w for name in names} for w in weights]
+            if not fits(stored["state"], dict(enumerate(example))):
                 raise ValueError("invalid optimizer")
             # The moments alone: whatever else an optimiser has comes from the code and the flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
@@ -794,20 +786,18 @@ class Run:
                 self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
             if explained_variance > -1e8:  # NaN or less where all targets are equal, or nearly so
                 self.recent["explained_variance"].append(float(explained_variance))
+            self.recent["learning_rate"].append(self.optimizers[-1].param_groups[0]["lr"])
             self.snapshot = self.state()
         if sys.stdout.isatty():
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        checkpoint = self.places[-1]
-        if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
-            checkpoint.replace(f"{checkpoint}.old")
-            print(f"an older {self.args.checkpoint} is now {self.args.checkpoint}.old", flush=True)
         with uninterrupted():
             if self.rows[-1:] != [self.update]:  # else an interruption has made the row, without it
                 self.add_row()
             self.history["avg_return"][-1] = float(returns.mean())
-        self.save()
+        if self.update:  # else nothing has been learned that may replace an older run's files
+            self.save()
         self.print_line()
 
     def evaluate_if_due(self) -> None:
@@ -821,6 +811,9 @@ class Run:
     def evaluate_finally(self) -> None:
         self.show(f"playing {FINAL_EPISODES} fresh episodes")
         self.final_returns = self.evaluate("final evaluation", FINAL_EPISODES)
+        if not self.solved and self.update < self.args.updates:
+            mean, std = self.final_returns.mean(), self.final_returns.std()
+            self.show(f"{mean:.1f} ± {std:.1f} over {FINAL_EPISODES} fresh episodes: training goes on")
 
     def evaluate(self, purpose: str, episodes: int) -> np.ndarray:
         """Returns (episodes,) of the greedy policy, each episode with a seed of its own; errors name the purpose."""
@@ -849,9 +842,9 @@ class Run:
             yield
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
-            if not self.rows:
+            if not self.update:
                 if isinstance(error, KeyboardInterrupt):
-                    print("nothing is saved before the first evaluation has ended", file=sys.stderr)
+                    print("nothing is saved before the first update is complete", file=sys.stderr)
                 raise
             with uninterrupted():
                 if self.rows[-1] < self.update:
@@ -869,6 +862,10 @@ class Run:
 
     def save(self) -> None:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
+        checkpoint = self.places[-1]
+        if not self.saved and checkpoint.exists():
+            checkpoint.replace(f"{checkpoint}.old")
+        self.saved = True
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
         seconds = self.seconds
@@ -1166,9 +1163,18 @@ def stop(message: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def undecorate_optimizers() -> None:
+    """Make torch.optim start sooner: its methods' decorators import torch.compile, which takes a second."""
+    methods = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    for owner, names in (torch.optim.Optimizer, methods), (torch.optim.Adam, ("step",)):
+        for name in names:
+            setattr(owner, name, torch.no_grad()(inspect.unwrap(getattr(owner, name))))
+
+
 def main() -> None:
     gc.freeze()  # what was imported stays, and need not be looked through at the end either
     gc.enable()
+    undecorate_optimizers()
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -43,10 +43,11 @@ References
         NeurIPS
 
 Legend, used in shape comments
-    T  steps of a rollout (--num-steps)       *D  the shape of what is shown, (F, K); here (2, 134)
+    T  steps of a rollout (--num-steps)       *D  the shape of an observation, (F, K); here (2, 134)
     N  environments (--num-envs)              A   number of actions; here 6 (A_t, in equations, is an advantage)
     B  samples of a minibatch, T * N / --num-minibatches
-    F  steps that are shown, each as K numbers: 128 bytes, and the action that led there, one-hot
+    F  steps in an observation, each as K numbers: 128 bytes, and the action that led there, one-hot
+    I  inputs made of each number; here 8     U   those of all I * K inputs that are used
 """
 
 # /// script
@@ -123,7 +124,7 @@ class Args:
     log: Path = Path("data/rl/ppo_pong_ram_trainlog.json")
     """where the log goes; the picture of the learning curve goes beside it, as .svg"""
     eval_every: int = 20
-    """updates between two evaluations of the greedy policy"""
+    """updates between two evaluations of the greedy policy, and, for --anneal-lr, between two looks at the returns"""
     eval_episodes: int = 8
     """episodes of an evaluation, each in an environment of its own"""
     eval_max_steps: int = 10_000
@@ -137,19 +138,19 @@ class Args:
     num_steps: int = 128
     """T, steps in each environment between two updates"""
     learning_rate: float = 1.4e-3
-    """step size of Adam for the actor; Muon's, for the matrices of its hidden layers, is twice that (found by trial)"""
+    """step size for the actor: Adam's; Muon's, for the matrices of its hidden layers, is twice that"""
     critic_learning_rate: float = 1e-2
-    """step size of Adam and of Muon for the critic: its loss is plain squared error, with no ratio to keep near 1"""
+    """step size for the critic, Adam's and Muon's: larger, since it has no ratio that must stay near 1"""
     anneal_lr: bool = True
-    """let the learning rates fall linearly to zero over --updates ([3], detail 4), sooner near --solved-return"""
+    """let the learning rates fall linearly to zero over --updates ([3], detail 4), and sooner near --solved-return"""
     gamma: float = 0.98
     """discount: a reward k steps ahead counts gamma^k, here 0.36 after 50 steps, 0.01 after 228"""
     gae_lambda: float = 0.8
     """GAE: 0 trusts the critic (biased), 1 trusts the sampled rewards (noisy)"""
     cut_at_reward: bool | None = None
     """credit ends at rewards as at an episode's end; by default only in ALE/Pong-v5, where points end rallies"""
-    leniency: float = 0.6
-    """share of every negative reward that is forgiven at first [9]; with --anneal-lr it falls as the rates do"""
+    leniency: float | None = None
+    """share of negative rewards forgiven at first [9]; falls as the rates do; by default 0.6 in ALE/Pong-v5, else 0"""
     num_minibatches: int = 8
     """parts that a rollout is shuffled into, one gradient step each ([3], detail 6)"""
     update_epochs: int = 3
@@ -157,7 +158,7 @@ class Args:
     clip_coef: float = 0.2
     """epsilon: a sample stops pushing once its ratio is this far from 1 in the direction its advantage favours"""
     ent_coef: float = 0.03
-    """weight of the entropy bonus ([3], detail 10): pays the policy for staying undecided, lest it settle too soon"""
+    """weight of the entropy bonus ([3], detail 10): pays for staying undecided; falls as the cube of the rates does"""
     vf_coef: float = 0.5
     """weight of the critic's squared error; hardly matters: --max-grad-norm and the optimiser all but undo it"""
     max_grad_norm: float = 0.5
@@ -194,7 +195,8 @@ class Args:
             ("clip_coef max_grad_norm", lambda value: 0 < value < math.inf, "must be positive"),
             ("ent_coef vf_coef", lambda value: 0 <= value < math.inf, "must not be negative"),
             ("seed", lambda value: 0 <= value < 2**63, "must lie in 0 .. 2**63 - 1"),
-            ("gamma gae_lambda leniency", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("gamma gae_lambda", lambda value: 0 <= value <= 1, "must lie in 0 .. 1"),
+            ("leniency", lambda value: value is None or 0 <= value <= 1, "must lie in 0 .. 1"),
             ("solved_return", lambda value: value is None or -1e9 < value < 1e9, "must lie in -1e9 .. 1e9"),
             ("target_kl", lambda value: value is None or value > 0, "must be positive"),
             ("log", lambda value: value.suffix == ".json", "must end in .json (its picture will end in .svg)"),
@@ -259,11 +261,11 @@ class Inputs(nn.Module):
     such differences are, it is as easy to see as the ball's position.  And where a few pixels decide, sines and cosines
     tell places apart that lie close together (positional encoding [10]): with the position alone, a network is slow to
     learn what changes within a short distance.  Each input is scaled to mean 0 and standard deviation 1 over all
-    rollouts so far, and clipped at 5 ([3], details 6 and 7 for continuous actions, clips at 10).  In the first rollout
-    nothing is shown: every action is equally likely, and only the output biases learn from it.
+    rollouts so far, and clipped at 5 (for continuous actions [3] does so, too, details 6 and 7, and clips at 10).  No
+    input is used in the first rollout: every action is equally likely, and only the output biases learn from it.
 
-    An input depends on a single byte, so there is a table of what it is for each of the 256 values.  Counts and table
-    are buffers: saved with the weights, changed only by ``update``.
+    An input depends on a single byte, so there is a table of what it is for each of the 256 values.  Counts, table and
+    which inputs are used are buffers: saved with the weights, changed only by ``update``.
 
     Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
     """
@@ -282,13 +284,13 @@ class Inputs(nn.Module):
         change = value.view(torch.int8).double().expand(frames - 1, -1)  # (F - 1, 256)
         # The I inputs of a number, for each value of the byte that they come from: the newest (0) or a change (1, ..).
         raw = torch.cat([value.double().unsqueeze(0), change, angle.sin(), angle.cos()])
-        source = torch.tensor([*range(frames), *[0] * 2 * len(angle)])
+        source = torch.tensor([*range(frames)] + [0] * (2 * len(angle)))
         self.raw: torch.Tensor = nn.Buffer(raw, persistent=False)  # (I, 256)
         self.source: torch.Tensor = nn.Buffer(source, persistent=False)  # (I,)
         self.size = len(raw) * numbers
         self.counts: torch.Tensor = nn.Buffer(torch.zeros(frames, numbers, 256, dtype=torch.int64))  # of values so far
         self.table: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, 256))  # (I, K, 256) the inputs, scaled
-        self.shown: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, dtype=torch.bool))  # the others would be 0
+        self.used: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, dtype=torch.bool))  # (I, K)
 
     @staticmethod
     def newest_and_changes(observations: torch.Tensor) -> torch.Tensor:
@@ -298,35 +300,39 @@ class Inputs(nn.Module):
         return torch.cat([observations[..., -1:, :], observations.diff(dim=-2)], -2)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(..., F, K) -> (..., U), the inputs that are shown, and (U,), their places among all I * K."""
-        row, number = self.shown.nonzero(as_tuple=True)  # (U,) each
-        numbers = self.shown.shape[1]
-        places = (row * numbers + number).int()
-        value = self.newest_and_changes(observations).flatten(-2).index_select(-1, self.source[row] * numbers + number)
-        inputs = self.table.flatten().index_select(0, (256 * places + value).flatten())  # table[row, number, value]
-        return inputs.view(value.shape), places
+        """(..., F, K) -> (..., U), the inputs that are used, and (U,), their places among all I * K."""
+        kind, number = self.used.nonzero(as_tuple=True)  # (U,) each
+        numbers = self.used.shape[1]  # K
+        places = (kind * numbers + number).int()
+        values = self.newest_and_changes(observations).flatten(-2)  # (..., F * K)
+        values = values.index_select(-1, self.source[kind] * numbers + number)  # (..., U)
+        inputs = self.table.flatten().index_select(0, (256 * places + values).flatten())  # table[kind, number, values]
+        return inputs.view(values.shape), places
 
     def update(self, observations: torch.Tensor) -> None:
         """Take more observations into means and deviations."""
-        value = self.newest_and_changes(observations).flatten(0, -3)  # (B, F, K)
-        start = torch.arange(0, self.counts.numel(), 256, dtype=torch.int32, device=value.device).view(value.shape[1:])
-        self.counts += (start + value).flatten().bincount(minlength=self.counts.numel()).view_as(self.counts)
+        values = self.newest_and_changes(observations).flatten(0, -3)  # (T * N, F, K)
+        # One bincount for all F * K numbers: each has 256 bins of its own.
+        first = torch.arange(0, self.counts.numel(), 256, dtype=torch.int32, device=values.device)
+        bins = first.view(values.shape[1:]) + values  # (T * N, F, K)
+        self.counts += bins.flatten().bincount(minlength=self.counts.numel()).view_as(self.counts)
         share = self.counts[self.source] / self.counts[0, 0].sum().double()  # (I, K, 256)
         mean = (share * self.raw.unsqueeze(1)).sum(-1, keepdim=True)  # (I, K, 1)
         offset = self.raw.unsqueeze(1) - mean  # (I, K, 256)
         variance = (share * offset.square()).sum(-1, keepdim=True)  # (I, K, 1)
-        # What has never changed says nothing.  (Nor do sines of a number that has had two values only, as those of an
-        # action: they would repeat it.)
-        self.shown.copy_(variance.squeeze(-1) > 1e-9)
-        self.shown[len(self.counts) :, (self.counts[0] > 0).sum(-1) <= 2] = False
-        self.table.copy_(torch.where(self.shown.unsqueeze(-1), offset * variance.rsqrt(), 0).clamp(-5, 5))
+        # What has always been the same says nothing.  (Nor do sines of a number that has had two values only, as those
+        # of an action: they would repeat it.)
+        self.used.copy_(variance.squeeze(-1) > 1e-9)
+        frames = len(self.counts)  # F; then come sines and cosines
+        self.used[frames:, (self.counts[0] > 0).sum(-1) <= 2] = False
+        self.table.copy_(torch.where(self.used.unsqueeze(-1), offset * variance.rsqrt(), 0).clamp(-5, 5))
 
 
 class InputLinear(nn.Linear):
-    """nn.Linear of the inputs that are shown, which come with their places: in Pong, a fifth of all."""
+    """nn.Linear of the inputs that are used, which come with their places: in Pong, a fifth of all."""
 
-    def forward(self, shown: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-        inputs, places = shown  # (..., U), (U,)
+    def forward(self, used: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        inputs, places = used  # (..., U), (U,)
         return nn.functional.linear(inputs, self.weight.index_select(1, places), self.bias)
 
 
@@ -334,10 +340,8 @@ def mlp(inputs: int, outputs: int, last_gain: float) -> nn.Sequential:
     """Two hidden layers of 128 units, each with LayerNorm and ReLU.  Orthogonal weights, zero biases ([3], detail 2).
 
     LayerNorm (a sample's 128 numbers get mean 0 and standard deviation 1, then a scale and an offset that are learned)
-    cancels the scale of a hidden layer's weights: a gain of sqrt(2), in place of 1, only makes each optimiser step
-    smaller relative to them.  No norm follows the last layer: there the gain matters.  (Before sines and cosines were
-    shown, two runs with tanh alone, as for CartPole, learned more slowly, and two with ReLU alone fell somewhat behind
-    after two million steps.)
+    cancels the scale of a hidden layer's weights: their gain of sqrt(2), kept from CartPole, only makes each optimiser
+    step smaller relative to them.  No norm follows the last layer: there the gain matters.
     """
     layers = [InputLinear(inputs, 128), nn.Linear(128, 128), nn.Linear(128, outputs)]
     for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), last_gain), strict=True):
@@ -582,7 +586,11 @@ def ppo_loss(
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon [8]: a step is the momentum, a matrix, with its singular values made about equal, but for tiny ones.
+    """Muon [8], for matrices: a step along the mean of recent gradients, but equally far in (almost) all directions.
+
+    Write that mean as U S V^T: pairs of directions, and for each a singular value in S, how strong it is.  Adam mostly
+    follows the few strong ones, which many samples have in common.  Muon makes all values about 1, but for tiny ones,
+    so that what few samples ask for counts as much.
 
     torch.optim.Muon(weight_decay=0, adjust_lr_fn="match_rms_adamw") does the same, in bfloat16: on a processor without
     instructions for it, that takes twenty times as long.
@@ -599,9 +607,9 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
                 # With all singular values 1, the entries' root mean square would be 1 / sqrt(longer side); the factor
-                # makes it 0.2 (times the rate), about Adam's (match_rms_adamw in torch.optim.Muon).  Measured: 0.15 to
-                # 0.18, since tiny singular values stay below 1; but in the first layer four columns in five have no
-                # gradient, their inputs not being shown, and the fifth moves by 0.34 to 0.37.
+                # makes it 0.2 (times the rate), about Adam's.  Measured: 0.15 to 0.18, since singular values come out
+                # below 1, on average.  But in the first layer all movement is in the columns of the inputs that are
+                # used, a fifth, by 0.34 to 0.37.
                 matrix -= group["lr"] * 0.2 * math.sqrt(max(matrix.shape)) * direction
 
 
@@ -647,21 +655,26 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def way_left(sampled_returns: list[float], goal: float) -> float:
-    """Of the way from the first sampled return to the goal, the share still ahead, at least 0.1; 1 if nobody knows."""
+def goal_factor(sampled_returns: list[float], goal: float) -> float:
+    """What learning rates are multiplied by: 1 far from the goal, 0.25 near it (in Pong up to a return of 3, from 15).
+
+    The distance from the last sampled return to the goal, as a share of the first one's, decides: above 0.4 this is 1,
+    from there down to 0.1 the share / 0.4, below it 0.25.  Without a goal, or where the first has reached it: 1.
+    """
     known = [value for value in sampled_returns if math.isfinite(value)]
-    if not known or not known[0] < goal < math.inf:
+    if goal == math.inf or not known or known[0] >= goal:
         return 1.0
-    return max((goal - known[-1]) / (goal - known[0]), 0.1)
+    share = (goal - known[-1]) / (goal - known[0])
+    return min(max(share / 0.4, 0.25), 1.0)
 
 
 def train(args: Args, session: CheckedSession | None = None, eval_session: CheckedSession | None = None) -> Run:
     """Learn until the environment is solved or the updates are used up; returns the Run, which holds everything.
 
-    session: where to train (default: what ``args`` describe).  For another environment give ``Args`` another
-    ``env_id``, too (any text will do): else the default's goal ends the run, and rewards end credit.  eval_session:
-    where the greedy policy is evaluated, in environments of its own (default: the session's ``twin``).  Both are closed
-    at the end.
+    session: where to train (default: what ``args`` describe).  If it is not Pong's, say so in ``args.env_id`` (any text
+    will do): else Pong's goal ends the run, rewards end credit, and losses are forgiven at first.  eval_session: where
+    the greedy policy is evaluated, in environments of its own (default: the session's ``twin``).  Both are closed at
+    the end.
     ``args.resume`` continues from the checkpoint, with the flags of ``args`` (filling in the stored ones is main()'s
     work).
     Seeds torch, and sets its number of threads (import this file before torch, for the sake of GOMP_SPINCOUNT, above).
@@ -690,48 +703,49 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
         critic = Critic(session.obs_shape).to(device)
         critic.inputs = actor.inputs  # one for both: they see the same
         actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
-        # Differs from [3]: actor and critic have a learning rate each, and Muon [8] moves the matrices of their hidden
-        # layers, the first ones too, which [8] would leave to Adam.  Adam mostly follows what many samples have in
-        # common; Muon makes a step's singular values more nearly equal, so that what few samples ask for counts, too.
-        # Everything else is left to Adam.
-        # Adam is torch.optim.Adam (Housekeeping only makes both start sooner).  With eps = 1e-5 ([3], detail 3; torch's
-        # is 1e-8), weights whose gradients stay far below that hardly move.  (The learning rates are set before every
-        # update, below.)
-        networks = (actor.net, critic.net)  # in this order in the optimisers' param_groups, too
+        # Differs from [3]: actor and critic have a learning rate each, and Muon moves the matrices of their hidden
+        # layers (the first ones too, which [8] would leave to Adam), Adam everything else.
+        # With eps = 1e-5 ([3], detail 3; torch's is 1e-8), weights whose gradients stay far below that hardly move.
+        # (The learning rates are set before every update, below.)
+        networks = (actor.net, critic.net)  # [0] and [1] in each optimiser's param_groups, too
         hidden = [{"params": [w for w in net[:2].parameters() if w.ndim == 2]} for net in networks]
         others = [{"params": [w for w in net.parameters() if w.ndim == 1 or w is net[2].weight]} for net in networks]
         muon = Muon(hidden)
-        adam = Adam(others, eps=1e-5, fused=True)
+        adam = torch.optim.Adam(others, eps=1e-5, fused=True)
         run = Run(args, actor, critic, [muon, adam], session, eval_session)  # counters, log, evaluations: see below
         resources.enter_context(run.saved_on_failure())
-        first_row = len(run.rows)  # that this process adds to the log
+        skipped = len(run.rows)  # the number of the first row after --resume: it holds games that are soon over
+
+        # Both are made for Pong, where a reward ends a rally; any other game has to ask for them.
+        cut_at_reward = (args.env_id == ENV_ID) if args.cut_at_reward is None else args.cut_at_reward
+        leniency = (0.6 if args.env_id == ENV_ID else 0.0) if args.leniency is None else args.leniency
 
         session.reset(run.episode_seed("training"))
         run.evaluate_if_due()  # before training: how good is knowing nothing?
         run.start_clock()
 
         while run.update < args.updates and not run.solved:
-            # The share of the training that is left; without annealing it stays 1.
-            # Differs from [3], detail 4: over the last two fifths of the sampled return's way to the goal it falls to a
-            # quarter of that.  Large steps learn fast, small ones make a policy play well, and some runs come near the
-            # goal much sooner than others.  (Left out: after --resume, the first row holds games that are soon over.)
-            sampled = [value for row, value in enumerate(run.history["sampled_return"]) if row != first_row]
-            way = way_left(sampled, run.solved_return)
-            remaining = (1 - run.update / args.updates) * min(way / 0.4, 1) if args.anneal_lr else 1.0
+            # Learning rates and leniency are multiplied by this, the entropy bonus by its cube.
+            # Differs from [3], detail 4: it does not only fall linearly, but to a quarter of that as the sampled return
+            # nears the goal (in the log, which gets a row with every evaluation).  Large steps learn fast, small ones
+            # make a policy play well, and some runs come near the goal much sooner than others.
+            sampled = [value for row, value in enumerate(run.history["sampled_return"]) if row != skipped]
+            factor = goal_factor(sampled, run.solved_return)
+            scale = (1 - run.update / args.updates) * factor if args.anneal_lr else 1.0
 
             # Collect.  Nothing is reset between rollouts: an episode longer than T goes on in the next one.
             rollout = collect_rollout(session, actor, critic, args.num_steps)
 
             # Estimate advantages, and from them what the critic should have said.
-            # Differs from the paper: as in [7], credit ends with a point, as if the game did.  What a shot means for
-            # later points is ignored; in return, no advantage carries the noise of the rallies after it.
-            cut = (args.env_id == ENV_ID) if args.cut_at_reward is None else args.cut_at_reward
-            decided = rollout.terminated | ((rollout.rewards != 0) & cut)  # (T, N)
+            # Differs from the paper: as in [7], credit ends with a point, as if the game did: V(s') counts as 0 there,
+            # and no later error is added.  What a shot means for later points is ignored; in return, no advantage
+            # carries the noise of the rallies after it.
+            decided = rollout.terminated | ((rollout.rewards != 0) & cut_at_reward)  # (T, N)
             # Differs from the paper: at first, more than half of a lost point is forgiven (an idea of lenient learning
             # [9]).  As long as most points are lost, the discount pays for losing them later, and so for playing safe:
             # without leniency, some runs gave up the shot that wins quickest before they had mastered it.
-            share = 1 - args.leniency * remaining  # of a lost point: 0.4 at first, 1 in the end
-            rewards = rollout.rewards.where(rollout.rewards >= 0, share * rollout.rewards)  # (T, N)
+            kept = 1 - leniency * scale  # of a lost point: 0.4 at first, up to 1 as the rates fall
+            rewards = rollout.rewards.where(rollout.rewards >= 0, kept * rollout.rewards)  # (T, N)
             advantages = gae(
                 rewards,
                 rollout.values,
@@ -751,11 +765,11 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
             # Optimise.  Each sample carries its advantage and its target by now, so that order no longer matters: the
             # passes shuffle.  One loss will do, since no weights are shared: its squared error moves the critic alone,
             # the rest the actor.
-            # Differs from the paper: the entropy bonus falls, too, with the cube of what remains: explore, then settle.
-            ent_coef = args.ent_coef * remaining**3
-            for optimizer, factor in (muon, 2), (adam, 1):
-                optimizer.param_groups[0]["lr"] = factor * args.learning_rate * remaining  # the actor's
-                optimizer.param_groups[1]["lr"] = args.critic_learning_rate * remaining  # the critic's
+            # Differs from the paper: the entropy bonus falls, too, and sooner: explore, then settle.
+            ent_coef = args.ent_coef * scale**3
+            adam.param_groups[0]["lr"] = args.learning_rate * scale  # the actor's
+            muon.param_groups[0]["lr"] = 2 * args.learning_rate * scale
+            adam.param_groups[1]["lr"] = muon.param_groups[1]["lr"] = args.critic_learning_rate * scale
             torch.set_num_threads(min(2, CORES))  # the emulators rest meanwhile
             # Looked up once, for both networks and all passes: so it is their .net alone that is called below.
             inputs, places = actor.inputs(rollout.observations.flatten(0, 1))  # (T * N, U), (U,)
@@ -811,29 +825,17 @@ def train(args: Args, session: CheckedSession | None = None, eval_session: Check
 SERIES = {  # of the log: name, colour
     "avg_return": "#d1495b",  # mean return of the greedy policy's evaluation
     "sampled_return": "#8d99ae",  # mean return of the training episodes that ended since the row before
-    "approx_kl": "#00798c",  # from here to explained_variance: means over the updates since the row before
+    "approx_kl": "#00798c",  # from here to learning_rate: means over the updates since the row before
     "clip_fraction": "#edae49",
     "entropy": "#66a182",
     "policy_loss": "#2e4057",
     "value_loss": "#a23b72",
     "explained_variance": "#5f0f40",
+    "learning_rate": "#bc6c25",
     "env_steps": "#444444",  # so far, in training
 }
-
-
-def plain(optimizer: Any, *moments: str) -> Any:
-    """A subclass without the decorators that import torch.compile, which takes a second.
-
-    moments: what it remembers of every weight; "step" is a single number, the others have the weight's shape.
-    """
-    names = ("add_param_group", "zero_grad", "step", "state_dict", "load_state_dict")
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
-    methods |= {"step": torch.no_grad()(methods["step"]), "moments": moments}
-    return type(optimizer.__name__, (optimizer,), methods)
-
-
-Adam = plain(torch.optim.Adam, "step", "exp_avg", "exp_avg_sq")
-Muon = plain(Muon, "momentum_buffer")  # type: ignore[misc]
+# What an optimiser remembers of each weight: numbers ("step"), else tensors of its shape.
+MOMENTS = {"Adam": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 class Run:
@@ -881,6 +883,9 @@ class Run:
         elif self.solved_return == math.inf:
             what += f" (without --solved-return it ends after update {args.updates})"
         print(f"{self.title}{resumed}: {what}", flush=True)
+        self.saved = args.resume  # has this run, or the one that it resumes, written its files?
+        if not self.saved and args.checkpoint.exists():  # an older run's, which may have taken long to learn
+            print(f"{args.checkpoint} is there already, and will become {args.checkpoint}.old", flush=True)
 
     @property
     def solved(self) -> bool:
@@ -943,8 +948,9 @@ class Run:
             raise BadInput(f"{done}; --updates includes these: raise it")
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             weights = [each.detach() for group in optimizer.param_groups for each in group["params"]]
-            example = [{name: torch.zeros(()) if name == "step" else w for name in optimizer.moments} for w in weights]
-            if not fits(stored["state"], dict(enumerate(example)) if state["update"] else {}):
+            names = MOMENTS[type(optimizer).__name__]
+            example = [{name: torch.zeros(()) if name == "step" else w for name in names} for w in weights]
+            if not fits(stored["state"], dict(enumerate(example))):
                 raise ValueError("invalid optimizer")
             # The moments alone: whatever else an optimiser has comes from the code and the flags.
             optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
@@ -1001,20 +1007,18 @@ class Run:
                 self.recent[name].append(float(torch.stack([info[name] for info in infos]).mean()))
             if explained_variance > -1e8:  # NaN or less where all targets are equal, or nearly so
                 self.recent["explained_variance"].append(float(explained_variance))
+            self.recent["learning_rate"].append(self.optimizers[-1].param_groups[0]["lr"])
             self.snapshot = self.state()
         if sys.stdout.isatty():
             self.print_line()
 
     def log_evaluation(self, returns: np.ndarray) -> None:
-        checkpoint = self.places[-1]
-        if not self.rows and checkpoint.exists():  # an older run's: it may have taken long to learn
-            checkpoint.replace(f"{checkpoint}.old")
-            print(f"an older {self.args.checkpoint} is now {self.args.checkpoint}.old", flush=True)
         with uninterrupted():
             if self.rows[-1:] != [self.update]:  # else an interruption has made the row, without it
                 self.add_row()
             self.history["avg_return"][-1] = float(returns.mean())
-        self.save()
+        if self.update:  # else nothing has been learned that may replace an older run's files
+            self.save()
         self.print_line()
 
     def evaluate_if_due(self) -> None:
@@ -1028,6 +1032,9 @@ class Run:
     def evaluate_finally(self) -> None:
         self.show(f"playing {FINAL_EPISODES} fresh episodes")
         self.final_returns = self.evaluate("final evaluation", FINAL_EPISODES)
+        if not self.solved and self.update < self.args.updates:
+            mean, std = self.final_returns.mean(), self.final_returns.std()
+            self.show(f"{mean:.1f} ± {std:.1f} over {FINAL_EPISODES} fresh episodes: training goes on")
 
     def evaluate(self, purpose: str, episodes: int) -> np.ndarray:
         """Returns (episodes,) of the greedy policy, each episode with a seed of its own; errors name the purpose."""
@@ -1056,9 +1063,9 @@ class Run:
             yield
         except BaseException as error:
             self.violations += isinstance(error, ContractViolation)
-            if not self.rows:
+            if not self.update:
                 if isinstance(error, KeyboardInterrupt):
-                    print("nothing is saved before the first evaluation has ended", file=sys.stderr)
+                    print("nothing is saved before the first update is complete", file=sys.stderr)
                 raise
             with uninterrupted():
                 if self.rows[-1] < self.update:
@@ -1076,6 +1083,10 @@ class Run:
 
     def save(self) -> None:
         """Log, picture and checkpoint, each replaced atomically: there is always a whole one."""
+        checkpoint = self.places[-1]
+        if not self.saved and checkpoint.exists():
+            checkpoint.replace(f"{checkpoint}.old")
+        self.saved = True
         final_returns = None if self.final_returns is None else self.final_returns.tolist()
         buffer = io.BytesIO()
         seconds = self.seconds
@@ -1373,9 +1384,18 @@ def stop(message: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def undecorate_optimizers() -> None:
+    """Make torch.optim start sooner: its methods' decorators import torch.compile, which takes a second."""
+    methods = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    for owner, names in (torch.optim.Optimizer, methods), (torch.optim.Adam, ("step",)):
+        for name in names:
+            setattr(owner, name, torch.no_grad()(inspect.unwrap(getattr(owner, name))))
+
+
 def main() -> None:
     gc.freeze()  # what was imported stays, and need not be looked through at the end either
     gc.enable()
+    undecorate_optimizers()
     for number in signal.SIGTERM, signal.SIGHUP:  # a cluster's Ctrl-C, a terminal that is closed: save, then leave
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -1793,6 +1793,16 @@ def test_a_session_that_another_thread_closes_says_so(workplace):
                 stepping.result(timeout=10)
 
 
+def test_a_signals_exception_within_contextlib_is_not_followed_by_another():
+    """Where it comes between a generator's frames, the generator is closed when it is forgotten, and not told why."""
+    session = cartpole_session(1)
+    guarded = session._guarded("step")
+    guarded.__enter__()
+    guarded.gen.close()  # raises what would otherwise be printed, and ignored
+    with pytest.raises(BridgeError, match="this session is dead"):
+        session.reset(1)
+
+
 def test_a_session_that_a_signal_handler_replaces_leaves_the_new_one_alone(monkeypatch):
     """The new one's pipes have the old one's numbers, and the old one has yet to send its request."""
     sessions = []
@@ -2928,8 +2938,7 @@ def test_minibatches_are_shuffled_parts_of_the_rollout(script, monkeypatch):
     (_, rollout), calls = rollouts, calls[12:]  # of the second update: in the first one Pong's inputs are all 0
     assert rollout.terminated.any()
     assert rollout.truncated.any()
-    rewards = rollout.rewards * (1 if script is ppo else 1 - args.leniency / 2)  # Bytes pays 0 or -1
-    judged = (rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated)
+    judged = (rollout.rewards, rollout.values, rollout.next_values, rollout.terminated, rollout.truncated)
     advantages = script.gae(*judged, args.gamma, args.gae_lambda)
     columns = (rollout.actions, rollout.log_probs, advantages, advantages + rollout.values)
     whole = torch.stack([column.flatten().double() for column in columns]).T.tolist()
@@ -2951,7 +2960,8 @@ def test_a_gradient_is_of_one_minibatch_and_clipped_for_each_network(script, mon
     def norms_of_gradients(*_):
         return [float(sum(w.grad.square().sum() for w in each.parameters()).sqrt()) for each in runs[-1]]
 
-    norms = recorded(getattr(script, "Muon", script.Adam), "step", monkeypatch, norms_of_gradients)  # the first step
+    first_to_step = getattr(script, "Muon", torch.optim.Adam)
+    norms = recorded(first_to_step, "step", monkeypatch, norms_of_gradients)
     rates = {field.name: 1e-30 for field in dataclasses.fields(script.Args) if field.name.endswith("learning_rate")}
     args = small_args(script, updates=2, update_epochs=3, max_grad_norm=1e9, **rates)
     script.train(args, small_session(script))
@@ -3055,12 +3065,14 @@ def test_the_sampled_return_of_episodes_longer_than_a_rollout():
 @pytest.mark.parametrize("script", [ppo, pong])
 @pytest.mark.parametrize("anneal", [True, False])
 def test_annealing_lets_the_learning_rate_fall_and_pongs_entropy_bonus_faster(script, anneal, monkeypatch):
-    rates = recorded(script.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    rates = recorded(torch.optim.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     bonuses = recorded(script, "ppo_loss", monkeypatch, lambda args, _: args[-1])
     torch.set_num_threads(2)
     flags = {"updates": 4, "anneal_lr": anneal, "learning_rate": 0.008, "ent_coef": 0.512, "update_epochs": 1}
-    script.train(small_args(script, **flags), small_session(script))
+    flags["eval_every"] = 2
+    run = script.train(small_args(script, **flags), small_session(script))
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002] if anneal else [0.008] * 4)
+    assert run.history["learning_rate"][1:] == pytest.approx([0.007, 0.003] if anneal else [0.008] * 2)
     cubes = script is pong and anneal
     assert bonuses == pytest.approx([0.512, 0.216, 0.064, 0.008] if cubes else [0.512] * 4)
     assert torch.get_num_threads() == 1  # set by train
@@ -3092,7 +3104,7 @@ RISING = {"num_steps": 2, "eval_every": 1, "update_epochs": 1, "learning_rate": 
 
 @pytest.mark.parametrize(("goal", "shares"), [(10, [1, 1, 1, 0.5, 0.25]), (None, [1] * 5), (-1, [1] * 5)])
 def test_pongs_learning_rate_falls_sooner_near_the_goal(goal, shares, monkeypatch):
-    rates = recorded(pong.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    rates = recorded(torch.optim.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     args = small_args(pong, updates=5, solved_return=goal, **RISING)
     run = pong.train(args, rising_session(0, 5, 8, 9.75, 10))
     assert run.history["sampled_return"][1:] == [0, 5, 8, 9.75, 10]
@@ -3100,7 +3112,7 @@ def test_pongs_learning_rate_falls_sooner_near_the_goal(goal, shares, monkeypatc
 
 
 def test_how_near_the_goal_is_the_first_row_after_resume_does_not_say(monkeypatch):
-    rates = recorded(pong.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    rates = recorded(torch.optim.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     args = small_args(pong, updates=2, solved_return=10, **RISING)
     pong.train(args, rising_session(0, 5))
     run = pong.train(dataclasses.replace(args, updates=6, resume=True), rising_session(8, 9.75, 10, 10))
@@ -3143,25 +3155,30 @@ def test_where_all_episodes_are_alike_a_resumed_run_is_the_whole_one(script, mon
 
 
 def test_a_schedule_goes_on_after_resume(monkeypatch):
-    rates = recorded(ppo.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
+    rates = recorded(torch.optim.Adam, "step", monkeypatch, lambda args, _: args[0].param_groups[0]["lr"])
     args = small_args(ppo, updates=2, anneal_lr=True, learning_rate=0.008, update_epochs=1)
     ppo.train(args, cartpole_session(2))
     ppo.train(dataclasses.replace(args, updates=4, resume=True), cartpole_session(2))
     assert rates == pytest.approx([0.008, 0.004, 0.004, 0.002])
 
 
-def test_the_lean_adam_is_torch_adam():
-    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
-    optimizers = [
-        kind([weight], lr=0.1, eps=1e-5, fused=True)
-        for kind, weight in zip((ppo.Adam, torch.optim.Adam), weights, strict=True)
-    ]
-    for k in range(5):
-        for optimizer, weight in zip(optimizers, weights, strict=True):
+def test_optimizers_without_decorators_compute_the_same(monkeypatch):
+    def weights_after_five_steps():
+        weights = [torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2)]
+        optimizer = torch.optim.Adam([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.3}], lr=0.1, eps=1e-5)
+        for k in range(5):
             optimizer.zero_grad()
-            (weight * weight * (k + 1)).sum().backward()
+            (weights[0] * weights[1] ** 2 * (k + 1)).sum().backward()
             optimizer.step()
-    assert torch.equal(*weights)
+            optimizer.load_state_dict(optimizer.state_dict())
+        return torch.cat(weights)
+
+    expected = weights_after_five_steps()
+    for owner in torch.optim.Optimizer, torch.optim.Adam:
+        for name in "add_param_group", "zero_grad", "state_dict", "load_state_dict", "step":
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it comes back
+    ppo.undecorate_optimizers()
+    assert torch.equal(weights_after_five_steps(), expected)
 
 
 def test_muon_takes_a_step_that_is_about_equally_long_in_all_directions():
@@ -3249,12 +3266,13 @@ def test_the_scripts_share_all_but_what_pong_changes():
     changed = {"Args", "Actor", "Critic", "mlp", "open_session", "train"}
     names = [name for name, value in vars(ppo).items() if getattr(value, "__module__", "") == ppo.__name__]
     assert {"gae", "ppo_loss", "collect_rollout", "evaluate", "Rollout", "Run", "watch", "main"} <= set(names) - changed
-    for name in set(names) - changed - {"Adam"}:  # which plain() makes, and has no text of its own
+    for name in set(names) - changed:
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(pong, name)), name
-    own = {"CORES", "FRAME_STACK", "InputLinear", "Inputs", "Muon", "orthogonalize", "way_left"}
+    own = {"CORES", "FRAME_STACK", "InputLinear", "Inputs", "Muon", "orthogonalize", "goal_factor"}
     assert vars(pong).keys() ^ vars(ppo).keys() == own
     ours, theirs = ({field.name: field.type for field in dataclasses.fields(script.Args)} for script in (ppo, pong))
-    assert theirs == {**ours, "critic_learning_rate": "float", "cut_at_reward": "bool | None", "leniency": "float"}
+    own = {"critic_learning_rate": "float", "cut_at_reward": "bool | None", "leniency": "float | None"}
+    assert theirs == {**ours, **own}
 
 
 @given(seed=st.integers(0, 2**31), rollouts=st.integers(1, 3), constant=st.booleans())
@@ -3414,10 +3432,10 @@ def test_all_of_pongs_rates_fall(monkeypatch):
     def rates_of_both(args, _):
         return [group["lr"] for group in args[0].param_groups]
 
-    rates = {kind: recorded(kind, "step", monkeypatch, rates_of_both) for kind in (pong.Adam, pong.Muon)}
+    rates = {kind: recorded(kind, "step", monkeypatch, rates_of_both) for kind in (torch.optim.Adam, pong.Muon)}
     flags = {"update_epochs": 1, "learning_rate": 0.1, "critic_learning_rate": 0.4}
     pong.train(small_args(pong, updates=5, **flags), small_session(pong))
-    for optimizer, actor_rate in (pong.Adam, 0.1), (pong.Muon, 0.2):
+    for optimizer, actor_rate in (torch.optim.Adam, 0.1), (pong.Muon, 0.2):
         falling = [[actor_rate * left, 0.4 * left] for left in (1, 0.8, 0.6, 0.4, 0.2)]
         assert rates[optimizer] == [pytest.approx(each) for each in falling]
 
@@ -3468,6 +3486,17 @@ def test_pong_forgives_less_and_less_of_a_loss(anneal, kept, monkeypatch):
         pong.Args(leniency=1.5)
 
 
+@pytest.mark.parametrize(("default", "kept"), [(False, 1), (True, 0.4)], ids=["another game", "Pong"])
+def test_unless_told_otherwise_pong_forgives_losses_in_pong_alone(default, kept, monkeypatch):
+    rollouts = recorded(pong, "collect_rollout", monkeypatch)
+    judged = recorded(pong, "gae", monkeypatch, lambda args, _: args[0])
+    if default:
+        monkeypatch.setattr(pong, "ENV_ID", "Small")  # what small_args says
+    pong.train(small_args(pong, solved_return=1e8), small_session(pong))
+    assert (rollouts[0].rewards < 0).any()
+    assert torch.allclose(judged[0], kept * rollouts[0].rewards)  # Bytes pays 0 or -1
+
+
 def test_pong_learns():
     """To say of a byte whether it is above 127; every episode is one guess."""
 
@@ -3509,7 +3538,7 @@ def test_pong_from_the_command_line_and_resumed(monkeypatch):
     assert read_log("again.json")["series"] == log["series"]  # the seed fixes the numbers, whoever hosts the games
     state = torch.load("data/rl/ppo_pong_ram.pt", weights_only=True)
     assert (state["actor"]["inputs.counts"].sum(-1) == 256).all()
-    for name in "inputs.counts", "inputs.table", "inputs.shown":
+    for name in "inputs.counts", "inputs.table", "inputs.used":
         assert torch.equal(state["actor"][name], state["critic"][name])
 
     again = pong.stored_args(pong.Args(log=Path("again.json"), checkpoint=Path("again.pt")))
@@ -3729,7 +3758,8 @@ def test_what_the_log_says(short_run):
     assert log["title"] == "PPO on CartPole-v1, seed 3"
     assert log["steps"] == [0, 2, 4]
     names = (
-        "avg_return sampled_return approx_kl clip_fraction entropy policy_loss value_loss explained_variance env_steps"
+        "avg_return sampled_return approx_kl clip_fraction entropy policy_loss value_loss explained_variance "
+        "learning_rate env_steps"
     )
     assert [series["name"] for series in log["series"]] == names.split()
     for series in log["series"]:
@@ -3820,18 +3850,22 @@ def test_resume_continues_exactly_but_for_the_episodes(short_run, workplace):
     assert read_log("half.json")["steps"] == [0, 2, 4]
 
 
-def test_resume_of_a_run_that_never_completed_an_update(monkeypatch):
+def test_a_run_that_completes_no_update_leaves_an_older_runs_files_as_they_are(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "collect_rollout", interrupted)
-        for flags in [], ["--resume"], ["--resume"]:
-            with pytest.raises(KeyboardInterrupt):
-                ppo.train(tyro.cli(ppo.Args, args=[*SHORT, *flags]))
-            assert read_log()["steps"] == [0]
-    # Evaluation 0 decides nothing, even where it has reached the goal: as in a run that was not interrupted.
-    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--resume", "--solved-return", "1"])).rows == [0, 2]
+    run = ppo.train(ppo.Args(updates=1, eval_max_steps=1))
+    old = [path.read_bytes() for path in run.places]
+    monkeypatch.setattr(ppo, "collect_rollout", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(ppo.Args(seed=2, eval_max_steps=1))
+    assert [path.read_bytes() for path in run.places] == old
+    assert len(os.listdir("data/rl")) == 3
+    assert capsys.readouterr().err == "nothing is saved before the first update is complete\n"
+
+
+def test_evaluation_0_decides_nothing_even_where_it_has_reached_the_goal():
+    assert ppo.train(tyro.cli(ppo.Args, args=[*SHORT, "--solved-return", "1"])).rows == [0, 2]
 
 
 def test_the_clock_of_a_resumed_run():
@@ -3982,7 +4016,10 @@ def test_a_verdict_that_does_not_confirm_the_goal_is_not_the_last(capsys):
     args = small_args(ppo, updates=9, eval_every=1, solved_return=1.0)
     run = ppo.train(args, NativeSession([Fluke(), Fluke()], Contract((1,), 2)))
     assert (run.solved, run.update, run.history["avg_return"]) == (True, 2, [0.0, 1.0, 1.0])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("solved: ")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("solved: ")
+    assert said.count("0.0 ± 0.0 over 100 fresh episodes: training goes on") == 1
+    assert len([line for line in said if "fresh episodes" in line]) == 4  # two announced, one not enough, one last line
 
 
 def test_a_goal_of_0_is_a_goal():
@@ -4298,7 +4335,8 @@ def test_a_disk_that_is_full_ends_the_run(monkeypatch, capsys):
         ppo.train(small_args(ppo), cartpole_session(2))
     shown = capsys.readouterr()
     assert "could not save everything: [Errno 28]" in shown.err
-    assert "update 0/" not in shown.out  # at the first evaluation
+    assert "update 0/" in shown.out
+    assert "update 1/" not in shown.out  # at the first evaluation from which something is kept
 
 
 class LastStraw(CartPoleEnv):
@@ -4306,7 +4344,7 @@ class LastStraw(CartPoleEnv):
 
     def step(self, action):
         observation, *rest = super().step(action)
-        if Path("log.json").exists():  # there has been an evaluation
+        if Path("log.json").exists():  # there has been an update, and an evaluation
             Path("checkpoint.pt").unlink()
             Path("checkpoint.pt").mkdir()
             observation = np.full_like(observation, np.nan)
@@ -4314,8 +4352,9 @@ class LastStraw(CartPoleEnv):
 
 
 def test_what_cannot_be_saved_does_not_hide_what_ended_the_run(capsys):
-    args = ppo.Args(num_envs=1, num_minibatches=1, eval_max_steps=1, log="log.json", checkpoint="checkpoint.pt")
-    with pytest.raises(ContractViolation, match="step 1, environment 0: contract rule obs_finite broken"):
+    flags = {"num_envs": 1, "num_steps": 2, "num_minibatches": 1, "eval_every": 1, "eval_max_steps": 1}
+    args = ppo.Args(**flags, log="log.json", checkpoint="checkpoint.pt")
+    with pytest.raises(ContractViolation, match="step 3, environment 0: contract rule obs_finite broken"):
         ppo.train(args, NativeSession([LastStraw()], ppo.CONTRACT), NativeSession([CartPoleEnv()], ppo.CONTRACT))
     assert re.match(r"could not save everything: .*checkpoint\.pt", capsys.readouterr().err)
     assert notes(read_log("log.json"))["violations"] == "1"  # the others are saved all the same
@@ -4351,7 +4390,8 @@ def test_an_actor_that_says_nan_chooses_no_action(logit):
 
 def test_a_new_run_sets_the_checkpoint_aside_that_it_finds(capsys):
     first, second = (ppo.train(ppo.Args(seed=seed, updates=1, eval_max_steps=1)) for seed in (1, 2))
-    assert capsys.readouterr().out.count("an older data/rl/ppo_cartpole.pt is now data/rl/ppo_cartpole.pt.old\n") == 1
+    said = "data/rl/ppo_cartpole.pt is there already, and will become data/rl/ppo_cartpole.pt.old\n"
+    assert capsys.readouterr().out.count(said) == 1
     kept = ppo.load_checkpoint(Path(f"{first.args.checkpoint}.old"))
     assert kept["args"]["seed"] == 1
     assert ppo.load_checkpoint(second.args.checkpoint)["args"]["seed"] == 2
@@ -4401,11 +4441,6 @@ DAMAGE_ROWS = [
     ("moments of another shape", "moments['exp_avg'] = torch.zeros(1)", "invalid optimizer"),
     # One number in memory, where Adam's kernel expects many.
     ("moments that look like the weights", "moments['exp_avg'] = torch.zeros(1).expand(64, 4)", "invalid optimizer"),
-    (
-        "moments before the first update",
-        "state |= {'update': 0, 'steps': [0], 'history': {key: row[:1] for key, row in state['history'].items()}}",
-        "invalid optimizer",
-    ),
     ("weights of another shape", "state['actor']['net.1.weight'] = torch.zeros(3, 3)", "invalid actor"),
     ("weights of another dtype", "state['actor']['net.1.weight'] = torch.zeros(64, 4).double()", "invalid actor"),
     ("history that is no list", "state['history']['entropy'] = (0.5, 0.5, 0.5)", "invalid history"),
@@ -4440,7 +4475,7 @@ def begin_from(checkpoint):
     """What --resume does before it plays."""
     args = ppo.stored_args(ppo.Args(resume=True, checkpoint=Path(checkpoint)))
     actor, critic = networks()
-    optimizer = ppo.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], eps=1e-5, fused=True)
     return ppo.Run(args, actor, critic, [optimizer])
 
 
@@ -4669,13 +4704,14 @@ def test_ctrl_c_while_the_servers_start():
 @pytest.mark.parametrize("script", ["ppo_cartpole", "ppo_pong_ram"])
 def test_nothing_compiled_is_imported_once_training_has_begun(script):
     """While numpy.random is, an exception can be lost: of 60 Ctrl-Cs while the servers started, 7 were."""
-    flags = "updates=1, num_envs=2, num_workers=1, num_steps=8, eval_episodes=1, eval_max_steps=2"
+    flags = "--updates 1 --num-envs 2 --num-workers 1 --num-steps 8 --eval-episodes 1 --eval-max-steps 2"
     code = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import {script} as ppo
 before = set(sys.modules)
-ppo.train(ppo.Args({flags}))
+sys.argv[1:] = {flags.split()}
+ppo.main()
 files = [getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before]
 print([file for file in files if file and not file.endswith(".py")])
 """
@@ -4693,7 +4729,7 @@ def test_ctrl_c_before_there_is_anything_to_save():
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert out == "PPO on CartPole-v1, seed 1: starting 8 environments\n"
-    assert err == "nothing is saved before the first evaluation has ended\nppo_cartpole.py: interrupted\n"
+    assert err == "nothing is saved before the first update is complete\nppo_cartpole.py: interrupted\n"
     assert process.returncode == 130
     assert not Path("data/rl/ppo_cartpole.pt").exists()
     assert_gone(int(Path("asked").read_text()))
@@ -4915,14 +4951,25 @@ def test_weights_that_diverge_end_the_run_with_advice():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("a lower --learning-rate, or smaller rewards, may help")
     assert "Traceback" not in done.stderr
-    assert torch.load("data/rl/ppo_cartpole.pt", weights_only=True)["update"] == 0
+    assert not Path("data/rl/ppo_cartpole.pt").exists()  # the first update has ruined them
 
 
 def test_a_critic_that_diverges_is_not_kept():
-    args = ppo.Args(updates=3, vf_coef=3e38, eval_episodes=1, eval_max_steps=1)
+    class Jackpot:
+        """Pays so much in the second rollout that sums overflow."""
+
+        def reset(self, seed=None):
+            self.t = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.zeros(1, np.float32), 3e38 if self.t > 8 else 1.0, False, False, {}
+
+    args = small_args(ppo, updates=3, num_steps=8, eval_every=1, eval_max_steps=1)
     with pytest.raises(FloatingPointError, match="weights are not finite"):
-        ppo.train(args, cartpole_session(8))
-    assert ppo.load_checkpoint(args.checkpoint)["update"] == 0
+        ppo.train(args, NativeSession([Jackpot(), Jackpot()], Contract((1,), 2)))
+    assert ppo.load_checkpoint(args.checkpoint)["update"] == 1
 
 
 # name, flags, what the message says
@@ -5043,7 +5090,8 @@ def test_the_readme_names_every_rule():
 @pytest.mark.parametrize("script", ["ppo_cartpole.py", "ppo_pong_ram.py"])
 def test_uv_installs_what_the_requirements_say(script):
     listed = re.search(r"# dependencies = (\[.*\])", (HERE / script).read_text())[1]
-    assert json.loads(listed) == (HERE / "requirements.txt").read_text().splitlines()
+    wanted = (HERE / "requirements.txt").read_text().splitlines()
+    assert json.loads(listed) == [each for each in wanted if script == "ppo_pong_ram.py" or "ale-py" not in each]
 
 
 def test_the_readme_counts_and_compares_the_files_as_they_are():
