@@ -722,6 +722,8 @@ class Run:
         for name, example in form.items():
             if not fits(state[name], example):
                 raise ValueError(f"invalid {name}")
+        if state["update"] == 0:  # nothing is saved before the first is complete
+            raise ValueError("invalid update")
         if state["update"] > self.args.updates:
             done = f"{self.args.checkpoint} has completed {state['update']} updates"
             raise BadInput(f"{done}; --updates includes these: raise it")

@@ -656,10 +656,11 @@ def evaluate(session: CheckedSession, actor: nn.Module, seed: int, max_steps: in
 
 
 def goal_factor(sampled_returns: list[float], goal: float) -> float:
-    """What learning rates are multiplied by: 1 far from the goal, 0.25 near it (in Pong up to a return of 3, from 15).
+    """What learning rates are multiplied by: 1 far from the goal, 0.25 near it.
 
-    The distance from the last sampled return to the goal, as a share of the first one's, decides: above 0.4 this is 1,
-    from there down to 0.1 the share / 0.4, below it 0.25.  Without a goal, or where the first has reached it: 1.
+    The distance from the last sampled return to the goal, as a share of the first one's, decides: above 0.4 this is 1
+    (in Pong up to a return of 3), from there down to 0.1 the share / 0.4, below it 0.25 (from 15 on).  Without a goal,
+    or where the first has reached it: 1.
     """
     known = [value for value in sampled_returns if math.isfinite(value)]
     if goal == math.inf or not known or known[0] >= goal:
@@ -943,6 +944,8 @@ class Run:
         for name, example in form.items():
             if not fits(state[name], example):
                 raise ValueError(f"invalid {name}")
+        if state["update"] == 0:  # nothing is saved before the first is complete
+            raise ValueError("invalid update")
         if state["update"] > self.args.updates:
             done = f"{self.args.checkpoint} has completed {state['update']} updates"
             raise BadInput(f"{done}; --updates includes these: raise it")
