@@ -1232,6 +1232,8 @@ def _make(env_id: str, num_envs: int, make_kwargs: dict[str, Any]) -> tuple[Nati
             raise  # a fault within: its traceback tells where
         file = getattr(sys.modules.get(module), "__file__", None)  # Python's own module, if it has one of that name
         found = f" ({module} is {file})" if file else ""
+        if isinstance(error, gymnasium.error.NameNotFound) and not module:  # the trainer may have registered it
+            found = f" (if a module of yours registers it: my_module:{env_id})"
         raise BridgeError(f"cannot make {env_id}: {error}{found}") from None
     observation, action = envs[0].observation_space, envs[0].action_space
     if not isinstance(action, gymnasium.spaces.Discrete) or action.start != 0:

@@ -363,9 +363,9 @@ def gae(
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
     """
-    shapes = {each.shape for each in (rewards, values, next_values, terminated, truncated)}
+    shapes = {tuple(each.shape) for each in (rewards, values, next_values, terminated, truncated)}
     if len(shapes) > 1 or rewards.ndim != 2:
-        raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
+        raise ValueError(f"gae: rewards, values, next_values, terminated, truncated must all be (T, N), not {shapes}")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
@@ -414,9 +414,10 @@ def ppo_loss(
     the critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes,
     since (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
     """
-    shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
+    shapes = {tuple(each.shape) for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
-        raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
+        got = f"not {tuple(logits.shape)} and {shapes}"
+        raise ValueError(f"ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1, {got}")
     if old_log_probs.requires_grad or advantages.requires_grad or targets.requires_grad:
         raise ValueError("ppo_loss: compute old_log_probs, advantages and targets under torch.no_grad()")
     # r_t(theta) = pi(a|s) / pi_old(a|s), theta being the actor's weights                  [1], section 3

@@ -267,7 +267,7 @@ class Inputs(nn.Module):
     An input depends on a single byte, so there is a table of what it is for each of the 256 values.  Counts, table and
     which inputs are used are buffers: saved with the weights, changed only by ``update``.
 
-    Raises ValueError for observations that are not stacked, TypeError for any that are not bytes.
+    Raises ValueError for observations of another shape, or not stacked, TypeError for any that are not bytes.
     """
 
     PERIODS = (128.0, 64.0, 32.0)  # of the sines and cosines
@@ -292,11 +292,13 @@ class Inputs(nn.Module):
         self.table: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, 256))  # (I, K, 256) the inputs, scaled
         self.used: torch.Tensor = nn.Buffer(torch.zeros(len(raw), numbers, dtype=torch.bool))  # (I, K)
 
-    @staticmethod
-    def newest_and_changes(observations: torch.Tensor) -> torch.Tensor:
+    def newest_and_changes(self, observations: torch.Tensor) -> torch.Tensor:
         """(..., F, K) bytes: the newest ones, then how much each has changed from step to step, modulo 256."""
         if observations.dtype != torch.uint8:
-            raise TypeError(f"observations must be bytes (uint8), not {observations.dtype}")
+            raise TypeError(f"observations must be bytes (torch.uint8), not {observations.dtype}")
+        if observations.shape[-2:] != self.counts.shape[:2]:  # other bytes would be looked up
+            wanted = ", ".join(map(str, self.counts.shape[:2]))
+            raise ValueError(f"observations must be (..., {wanted}), not {tuple(observations.shape)}")
         return torch.cat([observations[..., -1:, :], observations.diff(dim=-2)], -2)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -484,9 +486,9 @@ def gae(
     All tensors (T, N), ``terminated`` and ``truncated`` bool (or 0 and 1), ``next_values`` V(s') of the state that the
     action led to, before any reset.  Returns advantages (T, N).  Raises ValueError for other shapes.
     """
-    shapes = {each.shape for each in (rewards, values, next_values, terminated, truncated)}
+    shapes = {tuple(each.shape) for each in (rewards, values, next_values, terminated, truncated)}
     if len(shapes) > 1 or rewards.ndim != 2:
-        raise ValueError("gae: rewards, values, next_values, terminated and truncated must all be (T, N)")
+        raise ValueError(f"gae: rewards, values, next_values, terminated, truncated must all be (T, N), not {shapes}")
     # Two ways for an episode to end, and they differ [5].  Terminated: nothing comes after, V(s') counts as 0.
     # Truncated: the task would go on, we have only stopped watching, so V(s') stands for the rest (the bootstrap).
     # Either way the sum below ends here (later errors count for nothing): the next row belongs to another episode.
@@ -535,9 +537,10 @@ def ppo_loss(
     the critic.  Returns (loss, info), info holding detached scalars for the log.  Raises ValueError for other shapes,
     since (B, 1) beside (B,) would become (B, B), and for gradients where there should be none.
     """
-    shapes = {each.shape for each in (values, actions, old_log_probs, advantages, targets)}
+    shapes = {tuple(each.shape) for each in (values, actions, old_log_probs, advantages, targets)}
     if shapes != {logits.shape[:1]} or logits.ndim != 2 or len(logits) < 2:
-        raise ValueError("ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1")
+        got = f"not {tuple(logits.shape)} and {shapes}"
+        raise ValueError(f"ppo_loss: logits must be (B, A), and all other tensors (B,), B > 1, {got}")
     if old_log_probs.requires_grad or advantages.requires_grad or targets.requires_grad:
         raise ValueError("ppo_loss: compute old_log_probs, advantages and targets under torch.no_grad()")
     # r_t(theta) = pi(a|s) / pi_old(a|s), theta being the actor's weights                  [1], section 3
@@ -598,11 +601,15 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
         super().__init__(groups, {"lr": lr})
+        if any(weights.ndim != 2 for group in self.param_groups for weights in group["params"]):
+            raise ValueError("Muon is for matrices: give all other weights to Adam")
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
                 momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 0.05)  # the mean of about the last 20 gradients
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov's look ahead

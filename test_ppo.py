@@ -2528,8 +2528,9 @@ def test_shapes_that_would_broadcast_are_refused():
         wrong = [each.unsqueeze(-1) if i == k else each for k, each in enumerate(good)]
         with pytest.raises(ValueError, match=r"must all be \(T, N\)"):
             ppo.gae(*wrong, 0.9, 0.9)
-    with pytest.raises(ValueError, match=r"must all be \(T, N\)"):  # flattened: one environment's steps would follow
-        ppo.gae(*(each.flatten() for each in good), 0.9, 0.9)  # another's
+    flat = [each.flatten() for each in good]  # one environment's steps would follow another's
+    with pytest.raises(ValueError, match=r"must all be \(T, N\), not {\(\d+,\)}"):
+        ppo.gae(*flat, 0.9, 0.9)
     batch = [torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, dtype=torch.int64)] + [torch.zeros(3)] * 3
     ppo.ppo_loss(*batch)
     for i in range(7):  # at last all of them: a rollout that was not flattened
@@ -2539,6 +2540,24 @@ def test_shapes_that_would_broadcast_are_refused():
             ppo.ppo_loss(*wrong)
     with pytest.raises(ValueError, match="B > 1"):  # what a last minibatch of one sample would be normalised to is NaN
         ppo.ppo_loss(*(each[:1] for each in batch))
+
+
+def test_gae_takes_the_buffers_of_others():
+    """Whose done flags and episode starts stand one row later: the recipe in the README, against their recursion."""
+    rng = np.random.default_rng(1)
+    rewards, values = rng.normal(size=(2, 9, 3))
+    dones, next_value, next_done = rng.random((9, 3)) < 0.3, rng.normal(size=3), np.array([True, False, False])
+    expected, advantage = np.zeros((9, 3)), np.zeros(3)
+    going_on, value = ~next_done, next_value
+    for t in reversed(range(9)):
+        advantage = rewards[t] + 0.9 * value * going_on - values[t] + 0.9 * 0.8 * going_on * advantage
+        expected[t], going_on, value = advantage, ~dones[t], values[t]
+    theirs = rewards, values, next_value, dones, next_done
+    rewards, values, next_value, dones, next_done = (torch.from_numpy(each) for each in theirs)
+    terminated = torch.cat([dones[1:], next_done[None]])
+    next_values = torch.cat([values[1:], next_value[None]])
+    ours = ppo.gae(rewards, values, next_values, terminated, torch.zeros_like(terminated), 0.9, 0.8)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["old_log_probs", "advantages", "targets"])
@@ -3183,6 +3202,19 @@ def test_optimizers_without_decorators_compute_the_same(monkeypatch):
     assert torch.equal(weights_after_five_steps(), expected)
 
 
+def test_muon_is_for_matrices_that_have_a_gradient():
+    layer = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="give all other weights to Adam"):
+        pong.Muon(layer.parameters())
+    frozen = torch.nn.Parameter(torch.ones(2, 2))
+    muon = pong.Muon([{"params": [layer.weight, frozen]}])
+    before = layer.weight.detach().clone()
+    layer(torch.ones(3)).sum().backward()
+    muon.step()
+    assert frozen.eq(1).all()
+    assert layer.weight.ne(before).all()
+
+
 def test_muon_takes_a_step_that_is_about_equally_long_in_all_directions():
     """Against torch.optim.Muon, and numpy's singular value decomposition: of a gradient U S V', a step follows U V'.
 
@@ -3318,8 +3350,13 @@ def test_inputs_are_stacks_of_bytes():
     for shape in (128,), (1, 128):
         with pytest.raises(ValueError, match="give the session a frame_stack"):
             pong.Inputs(shape)
+    inputs = pong.Inputs((3, 2))
     with pytest.raises(TypeError, match="must be bytes"):
-        pong.Inputs((3, 2))(torch.zeros(4, 3, 2))
+        inputs(torch.zeros(4, 3, 2))
+    for shape in (4, 2, 3), (4, 2, 2), (4, 3, 1), (4, 3, 4), (6,):  # else they would be looked up in other rows
+        for call in inputs, inputs.update:
+            with pytest.raises(ValueError, match=re.escape(f"must be (..., 3, 2), not {shape}")):
+                call(torch.zeros(shape, dtype=torch.uint8))
 
 
 def test_inputs_are_clipped_at_five_deviations():
@@ -4993,6 +5030,7 @@ PERSON_ROWS = [
     ("checkpoint_is_another_file", ["--checkpoint", "odd_envs.py"], "odd_envs.py is there already, and is no"),
     ("no_cuda", ["--cuda"], "no CUDA device"),
     ("unknown_env", ["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
+    ("registered_elsewhere", ["--env-id", "Mine-v0"], "(if a module of yours registers it: my_module:Mine-v0)"),
     ("unknown_module", ["--env-id", "nowhere:Some-v0"], "No module named 'nowhere'"),
     ("module_that_python_has", ["--env-id", "json:Some-v0"], "(json is "),
     ("two_modules", ["--env-id", "one:two:Some-v0"], "an id may name one module"),
