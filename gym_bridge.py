@@ -136,7 +136,7 @@ RULES = {
 class SessionFailure(RuntimeError):
     """What both errors have in common: where it happened.  ``str()`` tells all of it.
 
-    Attributes: ``stage`` ("start", "reset", "step"; after "evaluation, " in the scripts), ``step`` (number of the
+    Attributes: ``stage`` ("start", "reset", "step"; in the scripts also "evaluation, step"), ``step`` (number of the
     batched step, counted since the session was opened), ``env`` (index of the environment), ``server`` (pid, exit code
     or signal, last lines of its stderr); each None (or empty) where there is none.
     """
