@@ -596,8 +596,9 @@ class Muon(torch.optim.Optimizer):
     so that what few samples ask for counts as much.
 
     torch.optim.Muon(weight_decay=0, adjust_lr_fn="match_rms_adamw") does the same, in bfloat16: on a processor without
-    instructions for it, that takes twenty times as long.  Weights without a gradient stay as they are.
-    Raises ValueError for weights that are no matrices.
+    instructions for it, that takes twenty times as long.
+
+    Raises ValueError for weights that are no matrices; those without a gradient stay as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3) -> None:
